@@ -1,0 +1,43 @@
+# make demo   train a small model on this machine's own Python source, and let it write
+# make test   the whole test suite
+# make check  format, lint, types, imports
+# A second make reuses the virtual environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN ?= runs/demo
+DATA ?=
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	$(BIN)/mambapy train --out $(RUN) --minutes 3 --overwrite $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/installed-dev
+	$(BIN)/pytest -n auto
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[train]'
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $(VENV)/installed $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
