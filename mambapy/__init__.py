@@ -1,0 +1,43 @@
+"""mambapy: the Mamba family of models in Python, simple to read, exact, and fast.
+
+Names are imported when they are first used, so `import mambapy` costs next to nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambapy.config import MambaConfig
+    from mambapy.lm import LM, MambaLM, from_pretrained
+    from mambapy.mamba import Mamba, MambaBlock
+    from mambapy.tokenizer import ByteTokenizer
+
+__version__ = "2.0.0.dev0"
+
+__all__ = [
+    "LM",
+    "ByteTokenizer",
+    "Mamba",
+    "MambaBlock",
+    "MambaConfig",
+    "MambaLM",
+    "__version__",
+    "from_pretrained",
+]
+
+_HOMES = {
+    "LM": "lm",
+    "MambaLM": "lm",
+    "from_pretrained": "lm",
+    "Mamba": "mamba",
+    "MambaBlock": "mamba",
+    "MambaConfig": "config",
+    "ByteTokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that has it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mambapy' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mambapy.{_HOMES[name]}"), name)

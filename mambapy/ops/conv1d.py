@@ -1,0 +1,174 @@
+"""The short causal convolution before the scan: the public op, its one-step twin, its state."""
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from mambapy.errors import ShapeError
+from mambapy.ops import dispatch, official, reference
+from mambapy.ops.selective_scan import check_seq_idx
+
+
+@overload
+def causal_conv1d(
+    *args: Any, return_state: Literal[True], **kwargs: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def causal_conv1d(*args: Any, **kwargs: Any) -> Tensor: ...
+def causal_conv1d(  # type: ignore[misc]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise causal convolution: y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j}).
+
+    Args:
+        x: (b, l, e) input, l >= 1.
+        weight: (e, k), the last tap is the current token's.
+        bias: (e) or None.
+        activation: "silu" or None.
+        state: (b, k-1, e) the inputs before the first; zeros without it.
+        seq_idx: (b, l) integers, the document of each token. A tap into another document is zero;
+            the initial state belongs to the first token's document.
+        return_state: whether to return the last k-1 inputs too, see `conv_state`.
+        backend: "auto", "reference" or "official".
+
+    Returns:
+        y (b, l, e) in x's dtype; with `return_state` also the state (b, k-1, e).
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+        BackendError: the backend asked for cannot run this.
+
+    Source: Gu & Dao 2023 (arXiv 2312.00752), figure 3.
+    """
+    _check(x, weight, bias, activation, state, seq_idx)
+    options = {"activation": activation, "state": state, "seq_idx": seq_idx}
+    run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
+    with torch.autocast(x.device.type, enabled=False):
+        y = run(x, weight, bias, **options)
+    if not return_state:
+        return y
+    return y, conv_state(x, weight.shape[1] - 1, state=state, seq_idx=seq_idx)
+
+
+def causal_conv1d_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `causal_conv1d`.
+
+    Args:
+        x: (b, e) input.
+        weight: (e, k).
+        bias: (e) or None.
+        state: (b, k-1, e) the inputs before this one; it is not written to.
+        activation: "silu" or None.
+
+    Returns:
+        y (b, e) in x's dtype, and the state after the step (b, k-1, e).
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+    """
+    _check(x.unsqueeze(1), weight, bias, activation, state, None)
+    with torch.autocast(x.device.type, enabled=False):
+        window = torch.cat((state, x[:, None].to(state.dtype)), dim=1)  # (b, k, e)
+        wide = reference.wide_dtype(x, weight, state)
+        y = torch.einsum("bke,ek->be", window.to(wide), weight.to(wide))
+        if bias is not None:
+            y = y + bias.to(wide)
+        if activation == "silu":
+            y = torch.nn.functional.silu(y)
+    return y.to(x.dtype), window[:, 1:]
+
+
+def conv_state(
+    x: Tensor,
+    width: int,
+    *,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The last `width` inputs of each row's last document, zeros before its first.
+
+    Args:
+        x: (b, l, e) inputs.
+        width: k - 1, how many to keep, >= 0.
+        state: (b, k-1, e) the inputs before x.
+        seq_idx: (b, l) the document of each token.
+        lengths: (b) how many tokens of each row are real, 0 to l; the rest is padding on the
+            right. All are real without it.
+
+    Returns:
+        (b, k-1, e), in the state's dtype where there is one, else in x's.
+    """
+    b, l, e = x.shape
+    before = x.new_zeros(b, width, e) if state is None else state
+    if lengths is None and seq_idx is None:
+        inputs = torch.cat((before, x[:, max(0, l - width) :].to(before.dtype)), dim=1)
+        return inputs[:, inputs.shape[1] - width :]
+    if lengths is None:
+        lengths = torch.full((b,), l, device=x.device)
+    index = lengths[:, None] + torch.arange(width, device=x.device)  # (b, k-1)
+    inputs = torch.cat((before, x.to(before.dtype)), dim=1)  # (b, k-1+l, e)
+    last = inputs.gather(1, index[:, :, None].expand(-1, -1, e))
+    if seq_idx is not None:
+        seq_idx = reference.runs(seq_idx)
+        documents = torch.cat((seq_idx[:, :1].expand(-1, width), seq_idx), dim=1).gather(1, index)
+        last = last.masked_fill((documents != documents[:, -1:])[:, :, None], 0.0)
+    return last
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    """Raise unless every argument fits x (b, l, e) and weight (e, k)."""
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ShapeError(f"x must be (b, l, e) with l >= 1, got {tuple(x.shape)}")
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ShapeError(f"weight must be (e, k) with k >= 1, got {tuple(weight.shape)}")
+    (b, l, e), k = x.shape, weight.shape[1]
+    expected = {
+        "weight (e, k)": (weight, (e, k)),
+        "bias (e)": (bias, (e,)),
+        "state (b, k-1, e)": (state, (b, k - 1, e)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ShapeError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ShapeError(f"{name} is on {tensor.device}, x on {x.device}")
+    if not x.is_floating_point():
+        raise ShapeError(f"x must be floating point, got {x.dtype}")
+    if activation not in (None, "silu"):
+        raise ShapeError(f"activation must be 'silu' or None, got {activation!r}")
+    check_seq_idx(seq_idx, b, l)
+
+
+BACKENDS = dispatch.register(
+    "causal_conv1d",
+    [
+        dispatch.Backend("official", official.causal_conv1d, official.refuses_conv),
+        dispatch.Backend("reference", reference.causal_conv1d),
+    ],
+)

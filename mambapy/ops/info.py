@@ -1,0 +1,37 @@
+"""Which backends this machine can use, for `mambapy info`."""
+
+from typing import Any
+
+import torch
+
+from mambapy.ops import dispatch
+
+
+def backends_info(device: torch.device | str = "cpu") -> list[dict[str, Any]]:
+    """What every backend of every op says to a small float32 call on a device.
+
+    Args:
+        device: where the call's tensors would be.
+
+    Returns:
+        One dict a backend: op, backend, usable, chosen (by "auto"), reason (empty if usable).
+    """
+    x = torch.zeros(1, 2, 4, device=device)
+    A, B = torch.zeros(4, 3, device=device), torch.zeros(1, 2, 3, device=device)
+    weight = torch.zeros(4, 4, device=device)
+    calls = {
+        "selective_scan": (x, x, A, B, B),
+        "causal_conv1d": (x, weight),
+        "rms_norm": (x, weight[0]),
+    }
+    return [
+        {
+            "op": verdict.op,
+            "backend": verdict.backend,
+            "usable": verdict.reason is None,
+            "chosen": verdict.chosen,
+            "reason": verdict.reason or "",
+        }
+        for op, call in calls.items()
+        for verdict in dispatch.explain(op, *call)
+    ]

@@ -1,0 +1,39 @@
+"""RMS normalisation: the public op and its backends."""
+
+import torch
+from torch import Tensor
+
+from mambapy.errors import ShapeError
+from mambapy.ops import dispatch, reference
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto"
+) -> Tensor:
+    """Root-mean-square norm: y = weight * x / sqrt(mean(x^2) + eps), in float32 or wider.
+
+    Args:
+        x: (..., d) input.
+        weight: (d) or None.
+        eps: added to the mean square, > 0.
+        backend: "auto" or "reference".
+
+    Returns:
+        y, of x's shape and dtype.
+
+    Raises:
+        ShapeError: the weight does not fit x, or x is not floating point.
+        BackendError: the backend asked for cannot run this.
+
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    if not x.is_floating_point():
+        raise ShapeError(f"x must be floating point, got {x.dtype}")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ShapeError(f"weight must be (d) = {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    run = dispatch.pick("rms_norm", BACKENDS, backend, x, weight, eps)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, weight, eps)
+
+
+BACKENDS = dispatch.register("rms_norm", [dispatch.Backend("reference", reference.rms_norm)])
