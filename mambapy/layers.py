@@ -1,0 +1,182 @@
+"""The small modules that every model here is built from: one copy of each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from mambapy import ops
+from mambapy.init import init_dt_bias, init_dt_weight
+from mambapy.ragged import Ragged
+from mambapy.state import State
+
+M = TypeVar("M", bound="WideParameters")
+
+
+class WideParameters(nn.Module):
+    """A module some of whose own parameters stay in float32 when it is cast to half precision.
+
+    `model.to(torch.bfloat16)` rounds matrices, where a relative error of 0.4 % averages out. In
+    A_log, D and dt_bias it would change how fast every state decays.
+    """
+
+    wide: ClassVar[tuple[str, ...]] = ()
+
+    def _apply(self: M, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> M:
+        kept = [self._parameters.get(name) for name in self.wide]
+        ids = {id(T) for P in kept if P is not None for T in (P, P.grad)}
+
+        def apply(T: Tensor) -> Tensor:
+            moved = fn(T)
+            if id(T) in ids and moved.dtype in (torch.float16, torch.bfloat16):
+                return T.to(moved.device, torch.float32)
+            return moved
+
+        super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learnable scale, calculated in float32 or wider.
+
+    Args:
+        d: size of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, d: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The scale starts at one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., d), in the weight's dtype."""
+        return ops.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
+
+
+class DtProjection(WideParameters, nn.Linear):
+    """The up-projection of dt, (b, l, R) -> (b, l, e); its bias is dt_bias and stays in float32.
+
+    Called as a layer it adds the bias, in float32. A scan can add it on the way instead, which
+    saves a pass over (b, l, e): see `parts`.
+    """
+
+    wide = ("bias",)
+
+    def __init__(self, rank: int, d_inner: int, init: str, scale: float) -> None:
+        # nn.Linear initialises itself, which needs these.
+        self.init, self.scale = init, scale
+        super().__init__(rank, d_inner)
+
+    def reset_parameters(self) -> None:
+        """The weight; the bias belongs to the block, which knows the range of dt."""
+        init_dt_weight(self.weight, self.init, self.scale)
+
+    def reset_bias(self, dt_min: float, dt_max: float, floor: float) -> None:
+        """softplus(bias) log-uniform in [dt_min, dt_max]."""
+        init_dt_bias(self.bias, dt_min, dt_max, floor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """dt before softplus, bias included."""
+        return F.linear(x, self.weight) + self.bias
+
+    @staticmethod
+    def parts(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dt and the bias still to be added to it: None unless `layer` is a plain DtProjection."""
+        if isinstance(layer, DtProjection) and is_plain(layer, DtProjection):
+            return F.linear(x, layer.weight), layer.bias
+        return layer(x), None
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether reading a layer's weight gives what calling it would.
+
+    Not so for a hooked, adapted (LoRA), quantised or parametrised layer. Every fast path that reads
+    weights asks here first.
+    """
+    own = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    everywhere = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    )
+    return type(layer) is kind and not any(own) and not any(everywhere)
+
+
+class Mixer(WideParameters, ABC):
+    """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state."""
+
+    out_proj: nn.Linear
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
+        """Run whole sequences, (b, l, d) -> (b, l, d)."""
+
+    @abstractmethod
+    def prefill(
+        self, x: Tensor, state: Any = None, ragged: Ragged = Ragged()
+    ) -> tuple[Tensor, State]:
+        """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, State]:
+        """Run one token of each sequence, (b, d) -> (b, d)."""
+
+    @abstractmethod
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token: zeros, float32 or wider, on the layer's device."""
+
+    @abstractmethod
+    def check_state(self, state: Any, batch_size: int, name: str) -> None:
+        """Raise a ShapeError, naming `name`, unless the state is this layer's, for that batch."""
+
+
+class ResidualBlock(nn.Module):
+    """x + mixer(norm(x)).
+
+    The norm's output is in the weights' dtype, whatever the residual stream's is, so a float32
+    stream does not make the layers behind it float32.
+
+    Args:
+        mixer: (b, l, d) -> (b, l, d).
+        d_model: d.
+        eps: of the norm.
+    """
+
+    def __init__(self, mixer: Mixer, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model, eps)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """Map the residual stream (b, l, d) to the next."""
+        return x + self.mixer(self.norm(x), ragged)
+
+    def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
+        """The same from a state on, with the state after the last token."""
+        y, state = self.mixer.prefill(self.norm(x), state, ragged)
+        return x + y, state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The same for one token, (b, d)."""
+        y, state = self.mixer.step(self.norm(x), state)
+        return x + y, state

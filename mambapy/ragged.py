@@ -1,0 +1,122 @@
+"""Batches whose rows have padding, or several documents, or both.
+
+Padding may stand anywhere in a row. Before a model runs, `Ragged.of` moves each row's real tokens
+to the left, in order; what a causal model computes for them then cannot depend on padding, as all
+of it is on their right. Only a layer's last state has to know where a row ends. Afterwards
+`Ragged.restore` moves the results back and puts zeros at the padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mambapy.errors import ShapeError
+from mambapy.ops.selective_scan import check_seq_idx
+
+# softplus of this is exactly 0 in every dtype, and it fits a float16: the step size of padding.
+NO_STEP = -1e4
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """How the rows of a batch are laid out, once real tokens stand on the left.
+
+    Args:
+        lengths: (b,) int64, the real tokens of each row; None where all are real.
+        seq_idx: (b, l) int64, the document of each token; None where a row is one document.
+        order: (b, l) int64, which original position each token came from; None where none moved.
+    """
+
+    lengths: Tensor | None = None
+    seq_idx: Tensor | None = None
+    order: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor | None, seq_idx: Tensor | None) -> "Ragged":
+        """The layout of x (b, l, ...), from what the caller said about its tokens.
+
+        Args:
+            x: what will be moved.
+            mask: (b, l) bool, True at real tokens.
+            seq_idx: (b, l) integers, the document of each token; a negative one is padding too.
+
+        Raises:
+            ShapeError: the mask or seq_idx does not fit x.
+        """
+        b, l = x.shape[:2]
+        check_seq_idx(seq_idx, b, l)
+        if mask is None and seq_idx is None:
+            return cls()
+        if mask is not None and (mask.shape != (b, l) or mask.dtype != torch.bool):
+            raise ShapeError(
+                f"mask must be bool (b, l) = {(b, l)}, True at real tokens, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        real = torch.ones(b, l, dtype=torch.bool, device=x.device) if mask is None else mask
+        if seq_idx is not None:
+            seq_idx = seq_idx.long()
+            real = real & (seq_idx >= 0)
+        lengths = real.sum(dim=1)
+        order = torch.argsort(~real, dim=1, stable=True)
+        if seq_idx is not None:
+            last = seq_idx.gather(1, order).gather(1, (lengths[:, None] - 1).clamp(min=0))
+            # The padding, now on the right, continues the last document.
+            seq_idx = torch.where(_within(lengths, l), seq_idx.gather(1, order), last)
+        return cls(lengths, seq_idx, order)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """x (b, l, ...) with each row's real tokens on the left, and zeros behind them."""
+        if self.order is None or self.lengths is None:
+            return x
+        real = _within(self.lengths, x.shape[1])
+        return torch.where(_like(real, x), x.gather(1, _like(self.order, x)), 0)
+
+    def restore(self, y: Tensor) -> Tensor:
+        """y (b, l, ...) with every token back in its place, and zeros at the padding."""
+        if self.order is None or self.lengths is None:
+            return y
+        real = _within(self.lengths, y.shape[1])
+        y = torch.where(_like(real, y), y, 0)
+        return torch.zeros_like(y).scatter(1, _like(self.order, y), y)
+
+    def last(self, y: Tensor, n: int) -> Tensor:
+        """(b, n, d) of packed y: each row's last n real tokens; a short row repeats its first."""
+        if self.lengths is None:
+            return y[:, y.shape[1] - n :]
+        index = self.lengths[:, None] - n + torch.arange(n, device=y.device)  # (b, n)
+        index = index.clamp(min=0)
+        return y.gather(1, index[:, :, None].expand(-1, -1, y.shape[2]))
+
+    def stop_padding(self, dt: Tensor) -> Tensor:
+        """dt (b, l, e) before softplus, with no step at the padding, so that states stand still."""
+        if self.lengths is None:
+            return dt
+        return dt.masked_fill(~_within(self.lengths, dt.shape[1])[:, :, None], NO_STEP)
+
+    def last_document(self, before: Tensor) -> Tensor:
+        """(b,) the document of each row's last token; `before`'s where a row has no token."""
+        if self.seq_idx is None:
+            return before
+        last = self.seq_idx[:, -1]
+        return last if self.lengths is None else torch.where(self.lengths > 0, last, before)
+
+    def continues(self, before: Tensor) -> Tensor | None:
+        """(b,) bool, whether a row's first token belongs to the document that `before` names.
+
+        None where no row can have changed its document.
+        """
+        if self.seq_idx is None:
+            return None
+        same = (self.seq_idx[:, 0] == before) | (before < 0)
+        return same if self.lengths is None else same | (self.lengths == 0)
+
+
+def _within(lengths: Tensor, l: int) -> Tensor:
+    """(b, l) bool, True at each row's first `lengths` positions."""
+    return torch.arange(l, device=lengths.device) < lengths[:, None]
+
+
+def _like(index: Tensor, x: Tensor) -> Tensor:
+    """index (b, l), expanded to x's shape (b, l, ...)."""
+    return index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand_as(x)
