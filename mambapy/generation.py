@@ -1,0 +1,374 @@
+"""Sampling from a language model: the prompt in one parallel pass, then one step a token.
+
+Who calls whom:
+
+    generate         texts from texts      -> stream_tokens
+    stream_text      pieces of one text    -> stream_tokens
+    generate_tokens  ids from ids          -> stream_tokens
+    stream_tokens    prefill, then for each token: sample_token, step
+
+The state has a fixed size, so a token costs the same after ten tokens as after ten thousand.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mambapy.errors import ConfigError, DataError, ShapeError
+from mambapy.tokenizer import Tokenizer
+
+
+class LanguageModel(Protocol):
+    """What generation asks of a model; `LM` has it."""
+
+    vocab_size: int
+
+    def prefill(
+        self,
+        tokens: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, Any]:
+        """Logits of the last `logits_to_keep` positions (b, n, vocab_size), and a state."""
+        ...
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Logits (b, vocab_size) after one token (b,), and the next state."""
+        ...
+
+
+def generate(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[str],
+    num_tokens: int = 50,
+    batch_size: int = 1,
+    sample: bool = True,
+    top_k: int | None = 40,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+) -> str | list[str]:
+    """Continue one prompt or several.
+
+    Prompts of different lengths run in one batch, and each gets what it would get alone.
+
+    Args:
+        model: a language model.
+        tokenizer: anything with transformers' call interface; its `eos_token_id` ends a text.
+        prompt: a text, or several.
+        num_tokens: most tokens to add, >= 1.
+        batch_size: continuations of each prompt, >= 1.
+        sample: False takes the most likely token each time (greedy).
+        top_k: sample among the k most likely tokens; None or 0 for all.
+        top_p: sample among the most likely tokens that together have this probability, in (0, 1].
+        temperature: divides the logits, >= 0; 0 is greedy.
+        stop: a string, or several, before which a text ends.
+        seed: makes the result repeatable; row i of the batch uses seed + i.
+
+    Returns:
+        The prompt with its continuation; a list of them where there are several.
+
+    Raises:
+        ConfigError: an option is out of its range.
+        DataError: a prompt is empty, or the tokenizer gives ids that the model does not have.
+    """
+    _check_sampling(num_tokens, top_k, top_p, temperature)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be >= 1")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    stops = _stops(stop)
+    rows = [_encode(tokenizer, text) for text in prompts for _ in range(batch_size)]
+    ids, mask = pad_right(rows, _device(model))
+    eos = tokenizer.eos_token_id
+    texts = [_Text(tokenizer, row, stops) for row in rows]
+    for token in stream_tokens(
+        model,
+        ids,
+        mask=mask,
+        num_tokens=num_tokens,
+        sample=sample,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        eos=eos,
+        seed=seed,
+    ):
+        for text, value in zip(texts, token.tolist(), strict=True):
+            text.add(value, eos)
+        if all(text.done for text in texts):
+            break
+    results = [prompts[i // batch_size] + text.finish() for i, text in enumerate(texts)]
+    return results[0] if isinstance(prompt, str) and batch_size == 1 else results
+
+
+def stream_text(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    num_tokens: int = 50,
+    sample: bool = True,
+    top_k: int | None = 40,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Continue one prompt, piece by piece: the pieces together are `generate`'s continuation.
+
+    A piece is held back while it might be half of a character or the start of a stop string.
+    Args, errors: those of `generate`.
+
+    Yields:
+        The text after the prompt, as it comes.
+    """
+    _check_sampling(num_tokens, top_k, top_p, temperature)
+    row = _encode(tokenizer, prompt)
+    ids, _ = pad_right([row], _device(model))
+    eos = tokenizer.eos_token_id
+    text = _Text(tokenizer, row, _stops(stop))
+    for token in stream_tokens(
+        model,
+        ids,
+        num_tokens=num_tokens,
+        sample=sample,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        eos=eos,
+        seed=seed,
+    ):
+        text.add(int(token[0]), eos)
+        if piece := text.take():
+            yield piece
+        if text.done:
+            break
+    text.finish()
+    if piece := text.take():
+        yield piece
+
+
+def generate_tokens(model: LanguageModel, ids: Tensor, **options: Any) -> Tensor:
+    """`stream_tokens`, gathered: (b, l') int64, the new tokens alone."""
+    return torch.stack(list(stream_tokens(model, ids, **options)), dim=1)
+
+
+def stream_tokens(
+    model: LanguageModel,
+    ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    num_tokens: int = 50,
+    sample: bool = True,
+    top_k: int | None = 40,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+    eos: int | None = None,
+    seed: int | None = None,
+) -> Iterator[Tensor]:
+    """Continue token ids, one token at a time.
+
+    Args:
+        model: a language model; its train or eval mode is what it was, afterwards.
+        ids: (b, l) int64 prompts, l >= 1.
+        mask: (b, l) bool, True at real tokens, where prompts are of different lengths.
+        num_tokens: most tokens to add, >= 1.
+        sample: False takes the most likely token each time.
+        top_k: see `generate`.
+        top_p: see `generate`.
+        temperature: see `generate`.
+        eos: the token that ends a row; the row then repeats it, and all stop when all have it.
+        seed: makes the result repeatable; row i uses seed + i.
+
+    Yields:
+        (b,) int64, the next token of each row.
+
+    Raises:
+        ConfigError: an option is out of its range.
+        ShapeError: ids or mask do not fit, or a row of the mask has no real token.
+    """
+    _check_sampling(num_tokens, top_k, top_p, temperature)
+    if mask is not None and not bool(mask.any(dim=1).all()):
+        raise ShapeError("every row of mask needs at least one real token")
+    greedy = not sample or temperature == 0
+    # All random numbers at once: a row's draws do not depend on the rows beside it.
+    noise = None if greedy else _noise(ids.shape[0], num_tokens, seed).to(ids.device)
+    ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    with _eval_mode(model), torch.no_grad():
+        logits, state = model.prefill(ids, mask=mask, logits_to_keep=1)
+        logits = logits[:, -1]
+        for i in range(num_tokens):
+            if noise is None:
+                token = logits.argmax(dim=-1)
+            else:
+                token = sample_token(logits, noise[:, i], top_k, top_p, temperature)
+            if eos is not None:
+                token = torch.where(ended, eos, token)
+                ended |= token == eos
+            yield token
+            if i + 1 == num_tokens or (eos is not None and bool(ended.all())):
+                return
+            logits, state = model.step(token, state)
+
+
+def sample_token(
+    logits: Tensor,
+    noise: Tensor,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Draw a token of each row by inverting the cumulative distribution.
+
+    Args:
+        logits: (b, v).
+        noise: (b,) uniform in [0, 1).
+        top_k: keep the k most likely tokens; None or 0 for all.
+        top_p: keep the most likely tokens that together have this probability; at least one.
+        temperature: divides the logits, > 0.
+
+    Returns:
+        (b,) int64.
+    """
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    values, tokens = logits.float().topk(k, dim=-1)  # (b, k), the most likely first
+    p = torch.softmax(values / temperature, dim=-1)
+    total = p.cumsum(dim=-1)
+    if top_p is not None:
+        p = p.masked_fill(total - p >= top_p, 0.0)
+        total = p.cumsum(dim=-1)
+    chosen = (total <= noise[:, None] * total[:, -1:]).sum(dim=-1).clamp(max=k - 1)  # (b,)
+    return tokens.gather(1, chosen[:, None])[:, 0]
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as one batch: ids (b, l) int64, zero-padded, and the mask (b, l) bool."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    mask = torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=device)
+    return ids, mask
+
+
+class _Text:
+    """One row's continuation: its tokens become text, up to a stop string or the end of text.
+
+    A token can be part of a character, so the whole is decoded again from a few tokens back, where
+    the text was last complete; that start moves along, and a token costs the same at any length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        # Some tokenizers drop a leading space, so the decoding starts inside the prompt.
+        self.window = prompt[-8:]
+        self.shown = len(self._decode())
+        self.text, self.given, self.done = "", 0, False
+
+    def add(self, token: int, eos: int | None) -> None:
+        """Take in a token, unless the text has ended."""
+        if self.done:
+            return
+        if token == eos:
+            self.done = True
+            return
+        self.window.append(token)
+        decoded = self._decode()
+        if decoded.endswith("\ufffd") and len(self.window) < 64:
+            return
+        self._extend(decoded)
+
+    def take(self) -> str:
+        """What is new and can no longer change."""
+        end = len(self.text) if self.done else self._safe_end()
+        piece = self.text[self.given : end]
+        self.given = max(self.given, end)
+        return piece
+
+    def finish(self) -> str:
+        """The whole continuation."""
+        if not any(stop in self.text for stop in self.stops):
+            self._extend(self._decode())
+        self.done = True
+        return self.text
+
+    def _extend(self, decoded: str) -> None:
+        """Add what `decoded` has beyond what was known, and cut at a stop string."""
+        self.text += decoded[self.shown :]
+        self.window = self.window[-8:]
+        self.shown = len(self._decode())
+        cuts = [self.text.find(stop) for stop in self.stops if stop in self.text]
+        if cuts:
+            self.text, self.done = self.text[: min(cuts)], True
+
+    def _safe_end(self) -> int:
+        """Where the text could still turn into a stop string."""
+        for length in range(min(max(map(len, self.stops), default=0), len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self.stops):
+                return len(self.text) - length
+        return len(self.text)
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self.window)
+
+
+@contextmanager
+def _eval_mode(model: LanguageModel) -> Iterator[None]:
+    """Evaluate, then give the model back in the mode it was in."""
+    training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(training)
+
+
+def _noise(b: int, num_tokens: int, seed: int | None) -> Tensor:
+    """(b, num_tokens) uniform numbers, row i from its own generator."""
+    if seed is None:
+        return torch.rand(b, num_tokens)
+    rows = [torch.Generator().manual_seed(seed + i) for i in range(b)]
+    return torch.stack([torch.rand(num_tokens, generator=row) for row in rows])
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's token ids, at least one."""
+    if not isinstance(prompt, str):
+        raise DataError(f"a prompt must be a text, got {type(prompt).__name__}")
+    ids = [int(i) for i in tokenizer(prompt)["input_ids"]]
+    if not ids:
+        raise DataError("the prompt is empty; give it at least one character")
+    return ids
+
+
+def _stops(stop: str | Sequence[str] | None) -> list[str]:
+    """The stop strings as a list."""
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if "" in stops:
+        raise ConfigError("an empty stop string would end every text at once")
+    return stops
+
+
+def _check_sampling(
+    num_tokens: int, top_k: int | None, top_p: float | None, temperature: float
+) -> None:
+    """Raise unless every option is in its range."""
+    if num_tokens < 1:
+        raise ConfigError(f"num_tokens={num_tokens} must be >= 1")
+    if top_k is not None and top_k < 0:
+        raise ConfigError(f"top_k={top_k} must be >= 1, or 0 or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} must be above 0 and at most 1")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature={temperature} must be finite and >= 0")
+
+
+def _device(model: LanguageModel) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")

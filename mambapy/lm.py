@@ -1,0 +1,292 @@
+"""A language model around a stack of Mamba blocks: tokens (b, l) -> logits (b, l, vocab_size).
+
+`LM` is embedding -> Mamba -> norm -> head, with `forward`, `prefill` and `step` as the stack has
+them. Sampling is in generation.py, files are in checkpoints/.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambapy import checkpoints, generation
+from mambapy.config import MambaConfig
+from mambapy.errors import CheckpointError, ConfigError, ShapeError
+from mambapy.layers import RMSNorm
+from mambapy.mamba import Mamba
+from mambapy.ragged import Ragged
+from mambapy.state import ModelState
+from mambapy.tokenizer import Tokenizer
+
+__all__ = ["LM", "MambaConfig", "MambaLM", "from_pretrained"]
+
+
+class LM(nn.Module):
+    """A language model.
+
+    Args:
+        config: the stack of blocks.
+        vocab_size: number of tokens, >= 1. Logits have this size.
+        tie_embeddings: use the embedding's weight for the head too.
+        pad_vocab_size_multiple: the weights have this many rows or a multiple, which suits the
+            hardware; the rows beyond vocab_size are never seen outside.
+
+    Raises:
+        ConfigError: a value is out of its range.
+
+    Source: Gu & Dao 2023 (arXiv 2312.00752), section 4.2, and the paper's code.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        vocab_size: int,
+        *,
+        tie_embeddings: bool = True,
+        pad_vocab_size_multiple: int = 8,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "vocab_size": vocab_size,
+            "pad_vocab_size_multiple": pad_vocab_size_multiple,
+        }.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be an integer >= 1")
+        self.config = config
+        self.vocab_size = vocab_size
+        self.tie_embeddings = tie_embeddings
+        self.pad_vocab_size_multiple = pad_vocab_size_multiple
+        rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
+        self.embedding = nn.Embedding(rows, config.d_model)
+        self.backbone = Mamba(config)
+        self.norm_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.d_model, rows, bias=False)
+        self._reset_embedding()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does; after `to_empty`, for instance."""
+        self.backbone.reset_parameters()
+        self.norm_f.reset_parameters()
+        self.lm_head.reset_parameters()
+        self._reset_embedding()
+
+    def _reset_embedding(self) -> None:
+        """Normal with standard deviation base_std; a tied head shares it."""
+        nn.init.normal_(self.embedding.weight, std=self.config.base_std)
+        self._tie()
+
+    def _tie(self) -> None:
+        """Make embedding and head one parameter again, where they should be."""
+        if self.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LM":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Moving off the meta device makes a new parameter of each name.
+        self._tie()
+        return self
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the backward pass computes each block again, to save memory; can be set."""
+        return self.backbone.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.backbone.gradient_checkpointing = value
+
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the next token, at every position.
+
+        Args:
+            tokens: (b, l) int64 in [0, vocab_size), l >= 1.
+            mask: (b, l) bool, True at real tokens; padding may stand anywhere.
+            seq_idx: (b, l) integers, the document of each token, where a row packs several.
+
+        Returns:
+            (b, l, vocab_size); zeros at padding.
+
+        Raises:
+            ShapeError: an argument does not fit, or a token is out of range.
+        """
+        ragged = self._layout(tokens, 2, mask, seq_idx)
+        hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
+        return ragged.restore(self._head(hidden))
+
+    def prefill(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> tuple[Tensor, ModelState]:
+        """Run tokens from a state on; see `Mamba.prefill`.
+
+        Args:
+            tokens: (b, l) int64 in [0, vocab_size), l >= 1.
+            state: what an earlier call returned; a fresh one without it.
+            mask: (b, l) bool, True at real tokens.
+            seq_idx: (b, l) integers, the document of each token.
+            logits_to_keep: 0 for the logits of all positions; n for those of each row's last n
+                real tokens, the last one last; a row with fewer repeats its first.
+
+        Returns:
+            Logits (b, l or n, vocab_size), and the state after each row's last real token.
+
+        Raises:
+            ShapeError: an argument does not fit, or a token is out of range.
+        """
+        ragged = self._layout(tokens, 2, mask, seq_idx)
+        if not 0 <= logits_to_keep <= tokens.shape[1]:
+            raise ShapeError(
+                f"logits_to_keep={logits_to_keep} must be from 0 to l = {tokens.shape[1]}"
+            )
+        hidden, state = self.backbone.run_from(self._embed(ragged.pack(tokens)), state, ragged)
+        if logits_to_keep == 0:
+            return ragged.restore(self._head(hidden)), state
+        return self._head(ragged.last(hidden, logits_to_keep)), state
+
+    def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Run one token of each row.
+
+        Args:
+            token: (b,) int64 in [0, vocab_size).
+            state: what the last call returned, or `init_state`.
+
+        Returns:
+            Logits (b, vocab_size), and the new state.
+
+        Raises:
+            ShapeError: an argument does not fit, or a token is out of range.
+        """
+        self._layout(token, 1)
+        hidden, state = self.backbone.step(self._embed(token), state)
+        return self._head(hidden), state
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        return self.backbone.init_state(batch_size)
+
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str | Sequence[str],
+        num_tokens: int = 50,
+        batch_size: int = 1,
+        sample: bool = True,
+        top_k: int | None = 40,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> str | list[str]:
+        """Continue one prompt or several; see `generation.generate`."""
+        return generation.generate(
+            self,
+            tokenizer,
+            prompt,
+            num_tokens=num_tokens,
+            batch_size=batch_size,
+            sample=sample,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            stop=stop,
+            seed=seed,
+        )
+
+    def generate_stream(self, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+        """Continue one prompt, piece by piece; see `generation.stream_text`."""
+        return generation.stream_text(self, tokenizer, prompt, **options)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `model.safetensors` and `config.json`; see `checkpoints.save`.
+
+        Raises:
+            CheckpointError: a file could not be written; the earlier one is still there.
+        """
+        config = {
+            "model_type": "mamba",
+            "vocab_size": self.vocab_size,
+            "tie_embeddings": self.tie_embeddings,
+            "pad_vocab_size_multiple": self.pad_vocab_size_multiple,
+            "config": self.config.to_dict(),
+        }
+        weights = self.state_dict()
+        if self.tie_embeddings:
+            del weights["lm_head.weight"]
+        checkpoints.save(directory, config, weights)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str = "cpu") -> "LM":
+        """The model that `save_pretrained` wrote, in eval mode, every tensor as in the file.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged or foreign, or a tensor is missing,
+                unexpected or of another shape.
+        """
+        found = checkpoints.load(directory, device)
+        values = dict(found.config)
+        if values.pop("model_type", None) != "mamba":
+            raise CheckpointError(f"{directory}: model_type is not one that LM knows (mamba)")
+        try:
+            config = MambaConfig.from_dict(values.pop("config"))
+            with torch.device("meta"):
+                model = cls(config, values.pop("vocab_size"), **values)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise CheckpointError(f"{directory}: config.json does not fit: {error}") from error
+        weights = dict(found.weights)
+        if model.tie_embeddings and "embedding.weight" in weights:
+            weights.setdefault("lm_head.weight", weights["embedding.weight"])
+        checkpoints.check_names(directory, weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        model._tie()
+        return model.eval()
+
+    def _layout(
+        self,
+        tokens: Tensor,
+        dims: int,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Ragged:
+        """Check the tokens and lay out their rows."""
+        shape = "(b, l)" if dims == 2 else "(b,)"
+        if tokens.dim() != dims or 0 in tokens.shape:
+            raise ShapeError(f"tokens must be {shape}, not empty, got {tuple(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        # Reading values back would stall a GPU, and stop torch.compile.
+        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            real = tokens if mask is None or mask.shape != tokens.shape else tokens[mask]
+            if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < self.vocab_size:
+                raise ShapeError(
+                    f"tokens must be in [0, vocab_size = {self.vocab_size}), "
+                    f"got {int(real.min())} to {int(real.max())}"
+                )
+        return Ragged.of(tokens, mask, seq_idx) if dims == 2 else Ragged()
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The start of the residual stream, (..., d)."""
+        x = self.embedding(tokens)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits of the true vocabulary, from the residual stream."""
+        return self.lm_head(self.norm_f(hidden))[..., : self.vocab_size]
+
+
+MambaLM = LM
+
+
+def from_pretrained(directory: str | Path, *, device: str = "cpu") -> LM:
+    """A trained language model from a folder; see `LM.from_pretrained`."""
+    return LM.from_pretrained(directory, device=device)
