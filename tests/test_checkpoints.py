@@ -167,6 +167,13 @@ def test_atomic_write(tmp_path):
         pass
 
 
+def test_files_have_the_users_permissions(saved):
+    _, directory = saved
+    (directory / "plain").touch()
+    modes = {path.stat().st_mode for path in directory.iterdir()}
+    assert len(modes) == 1
+
+
 def test_the_folder_can_move(saved, tmp_path):
     model, directory = saved
     shutil.move(directory, tmp_path / "elsewhere")

@@ -1,0 +1,99 @@
+"""What a finished run leaves to look at: loss.png and samples.txt."""
+
+import importlib.util
+from pathlib import Path
+
+from mambapy.checkpoints import atomic_write
+from mambapy.errors import MissingExtraError
+from mambapy.lm import LM
+from mambapy.tokenizer import Tokenizer
+from mambapy.train.config import TrainConfig
+from mambapy.train.data import Dataset
+from mambapy.train.state import read_log
+
+# Longest prompt taken from the held-out text, in bytes.
+_PROMPT_BYTES = 120
+
+
+def require_matplotlib() -> None:
+    """Raise MissingExtraError unless matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("matplotlib", "train")
+
+
+def write_plot(log: Path, path: Path) -> None:
+    """Draw training and held-out loss, in bits per byte over tokens, from a run's log.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        CheckpointError: the picture cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    train = [(line["tokens"], line["bpb"]) for line in lines if "bpb" in line]
+    held_out = [(line["tokens"], line["val_bpb"]) for line in lines if "val_bpb" in line]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.75", linewidth=0.8, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="C0", marker=".", label="held out")
+    for line in lines:
+        if "final_bpb" in line:
+            label = f"all held-out text: {line['final_bpb']:.3f}"
+            axes.plot([line["tokens"]], [line["final_bpb"]], "o", color="C3", label=label)
+            label = f"xz -9 of it: {line['xz_bpb']:.3f}"
+            axes.axhline(line["xz_bpb"], color="C2", linestyle="--", label=label)
+    axes.set(xlabel="tokens trained on", ylabel="bits per byte", ylim=(0, None))
+    if held_out:
+        # The first steps are off the scale of everything after them.
+        values = [*(bpb for _, bpb in held_out), *(line.get("xz_bpb", 0) for line in lines)]
+        axes.set_ylim(0, 1.1 * max(values))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def write_samples(
+    model: LM, tokenizer: Tokenizer, data: Dataset, config: TrainConfig, path: Path
+) -> list[str]:
+    """Write the run's samples, each after its prompt, and return them.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    count = config.samples
+    prompts = [config.sample_prompt] * count if config.sample_prompt else _prompts(data, count)
+    texts: list[str] = []
+    for i, prompt in enumerate(prompts):
+        pieces = model.generate_stream(
+            tokenizer,
+            prompt,
+            num_tokens=config.sample_tokens,
+            temperature=config.sample_temperature,
+            top_k=config.sample_top_k,
+            seed=config.seed + i,
+        )
+        texts.append(
+            f"=== {i + 1}: prompt ===\n{prompt}\n=== {i + 1}: the model goes on ===\n"
+            f"{''.join(pieces)}\n\n"
+        )
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text("".join(texts), encoding="utf-8")
+    return texts
+
+
+def _prompts(data: Dataset, count: int) -> list[str]:
+    """The beginnings of lines spread over the held-out text, some lines each."""
+    text = data.held_out_text()
+    prompts = []
+    for i in range(count):
+        start = text.find(b"\n", i * len(text) // count) + 1
+        piece = text[start : start + _PROMPT_BYTES] or text[:_PROMPT_BYTES]
+        # Without the last line, which is cut.
+        end = piece.rfind(b"\n") + 1 or len(piece)
+        prompts.append(piece[:end].decode("utf-8", errors="ignore"))
+    return prompts

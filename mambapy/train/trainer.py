@@ -1,0 +1,252 @@
+"""The training loop itself: steps, validations and saves until the run's total is reached."""
+
+import math
+import signal
+import statistics
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.utils import clip_grad_norm_
+
+from mambapy.errors import TrainingError
+from mambapy.train import state
+from mambapy.train.config import TrainConfig
+from mambapy.train.data import Dataset, batch
+from mambapy.train.schedule import lr_factor
+from mambapy.train.validation import bits_per_byte, nats
+
+# With `minutes`, that many steps are timed before the number of steps is fixed.
+CALIBRATION_STEPS = 10
+# With `eval_interval=0`, about that many validations in a run, or, with `minutes`, as many as take
+# that share of its time.
+VALIDATIONS = 20
+VALIDATION_SHARE = 0.1
+# A run is saved at the latest after that long, whatever the settings.
+SAVE_SECONDS = 300.0
+
+
+class Trainer:
+    """The loop: steps, validations and saves, until the run's total is reached."""
+
+    def __init__(self, run: state.Run, data: Dataset, log: state.Log, bar: Any) -> None:
+        self.run, self.data, self.log, self.bar = run, data, log, bar
+        self.config = run.config
+        self.folder = Path(run.config.out)
+        self.device = next(run.model.parameters()).device
+        self.forward = torch.compile(run.model) if run.config.compile else run.model
+        self._shown: dict[str, str] = {}
+
+    def fit(self, stop: "Stop") -> None:
+        """Run to the end, or until a stop is asked for.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+            KeyboardInterrupt: after the state was saved.
+        """
+        run, config = self.run, self.config
+        started = time.perf_counter() - run.seconds
+        saved = time.perf_counter()
+        times: list[float] = []
+        run.model.train()
+        while run.total is None or run.step < run.total:
+            began = time.perf_counter()
+            values = self.step()
+            times.append(time.perf_counter() - began)
+            run.seconds = time.perf_counter() - started
+            if run.step % config.log_interval == 0:
+                self.log.write(**values, seconds=round(run.seconds, 3))
+            self._show(values, sum(times) / len(times))
+            fixing = run.total is None and len(times) == CALIBRATION_STEPS
+            validate = fixing or (run.total is not None and self._due(run.interval))
+            if fixing:
+                self._fix_total(times)
+            elif validate:
+                self.validate()
+            run.seconds = time.perf_counter() - started
+            due = self._due(config.save_interval) if config.save_interval else validate
+            if fixing or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS:
+                self.log.sync()
+                state.save(run, self.folder)
+                saved = time.perf_counter()
+            if stop.asked and run.step != run.total:
+                raise KeyboardInterrupt(
+                    f"stopped after step {run.step}, saved; `mambapy train --resume --out "
+                    f"{config.out}` goes on"
+                )
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step over `accumulate` passes; returns its line of the log.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; nothing was updated.
+        """
+        run, config = self.run, self.config
+        lr = config.lr * lr_factor(
+            run.step,
+            run.total,
+            schedule=config.schedule,
+            warmup=config.warmup,
+            min_ratio=config.min_lr_ratio,
+            decay_fraction=config.decay_fraction,
+        )
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        windows = batch(
+            self.data.train,
+            rows=config.batch_size * config.accumulate,
+            length=config.length,
+            seed=config.seed,
+            step=run.step,
+        )
+        run.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for window in torch.split(torch.from_numpy(windows), config.batch_size):  # (b, l + 1)
+            tokens = window.to(self.device)
+            with self.autocast():
+                logits = self.forward(tokens[:, :-1])  # (b, l, v)
+            part = (
+                functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+                / config.accumulate
+            )
+            torch.autograd.backward(part)
+            loss += part.item()
+        norm = clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf).item()
+        self._check_finite(loss, norm)
+        run.optimizer.step()
+        run.step += 1
+        return {
+            "step": run.step,
+            "tokens": run.step * windows.shape[0] * config.length,
+            "loss": loss,
+            "bpb": bits_per_byte(loss, len(self.data.train), self.data.train_bytes),
+            "lr": lr,
+            "grad_norm": norm,
+        }
+
+    def validate(self) -> float:
+        """Validate on part of the held-out text; keep the weights if they are the best so far."""
+        run, config = self.run, self.config
+        total, count = nats(
+            run.model,
+            self.data.held_out,
+            self.data.eos,
+            limit=config.eval_tokens,
+            autocast=self.autocast,
+        )
+        bpb = bits_per_byte(total / count, len(self.data.held_out), self.data.held_out_bytes)
+        if not math.isfinite(bpb):
+            raise TrainingError(f"validation loss is {bpb} after step {run.step}; {advice(config)}")
+        tokens = run.step * config.batch_size * config.accumulate * config.length
+        self.log.write(step=run.step, tokens=tokens, val_bpb=bpb)
+        if bpb < run.best:
+            run.best, run.best_step = bpb, run.step
+            run.model.save_pretrained(self.folder)
+        self._shown["held-out"] = f"{bpb:.3f}"
+        return bpb
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision context of forward passes; weights stay float32 in all of them."""
+        return autocast(self.config.dtype, self.device)
+
+    def _fix_total(self, times: list[float]) -> None:
+        """Fix how many steps fit into `minutes`: once, from then on the run is deterministic."""
+        run, config = self.run, self.config
+        began = time.perf_counter()
+        self.validate()
+        validation = time.perf_counter() - began
+        # The first steps warm up caches and compile kernels.
+        per_step = statistics.median(times[2:])
+        n = len(self.data.held_out)
+        left = (config.minutes or 0.0) * 60 - run.seconds
+        left -= validation * (1 + n / min(n, config.eval_tokens))
+        if config.eval_interval:
+            steps = int(left / (per_step + validation / config.eval_interval))
+            run.total = run.step + max(1, steps)
+        else:
+            count = min(VALIDATIONS, max(1, int(VALIDATION_SHARE * left / validation)))
+            steps = int((left - count * validation) / per_step)
+            run.total = run.step + max(1, steps)
+            run.interval = -(-run.total // count)
+        self.bar.total = run.total
+        self.bar.refresh()
+
+    def _due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, is due."""
+        return self.run.step == self.run.total or self.run.step % interval == 0
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        """Stop before an update that would spoil the weights."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            value = norm if math.isfinite(loss) else loss
+            raise TrainingError(
+                f"{what} is {value} at step {self.run.step + 1}; {advice(self.config)}"
+            )
+
+    def _show(self, values: dict[str, Any], seconds: float) -> None:
+        """Bring the bar up to date."""
+        tokens = self.config.batch_size * self.config.accumulate * self.config.length
+        self._shown = {
+            "tok/s": f"{tokens / seconds:,.0f}",
+            "bits/byte": f"{values['bpb']:.3f}",
+            "held-out": self._shown.get("held-out", "-"),
+        }
+        self.bar.set_postfix(self._shown, refresh=False)
+        self.bar.update(1)
+
+
+class Stop:
+    """Turns Ctrl-C and SIGTERM into a wish that the loop reads after each whole step.
+
+    The second one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        """Take the two signals over, where this thread may."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the wish."""
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once; the last save is still there")
+        self.asked = True
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision context of a forward pass."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def advice(config: TrainConfig) -> str:
+    """What to try after a loss that is not finite."""
+    tries = [f"a lower --lr (now {config.lr:g})", f"a longer --warmup (now {config.warmup})"]
+    if not 0 < config.grad_clip <= 1:
+        tries.append("--grad-clip 1")
+    if config.dtype != "float32":
+        tries.append("--dtype float32")
+    return f"try {', '.join(tries)}; the last good checkpoint is in {config.out}"

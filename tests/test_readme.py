@@ -1,0 +1,53 @@
+"""README's Python blocks run as printed, one after the other; its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mambapy.cli import _parser
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python")
+    assert len(found) >= 4
+    namespace = {}
+    for number, block in enumerate(found):
+        exec(compile(block, f"README block {number}", "exec"), namespace)
+    # What the original project's README promised.
+    assert namespace["x"].shape == (16, 64)
+    assert namespace["logits"].shape == (16, 64, 32000)
+    assert namespace["output"].startswith("Mamba is a type of")
+
+
+def commands():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.startswith("mambapy ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_make_targets_exist():
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", TEXT, flags=re.MULTILINE)
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_files_it_links_to_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if "://" not in link:
+            assert (README.parent / link).exists(), link

@@ -1,0 +1,308 @@
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mambapy.config import MambaConfig
+from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
+from mambapy.lm import LM
+from mambapy.train import TrainConfig, report, state, train
+from mambapy.train.trainer import CALIBRATION_STEPS, Trainer
+
+RUN = """
+import json, sys
+from mambapy.train import TrainConfig, state, train
+settings = json.loads(sys.argv[1])
+if sys.argv[2] == "resume":
+    train(state.saved_config(settings["out"]), resume=True, quiet=True)
+else:
+    train(TrainConfig(**settings), quiet=True)
+"""
+
+
+def run(settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return train(TrainConfig(**settings), quiet=True, **options)
+
+
+def log_of(settings: dict[str, Any], *keys: str) -> list[tuple[Any, ...]]:
+    """These keys of each line of a run's log that has them all."""
+    lines = state.read_log(Path(settings["out"]) / "log.jsonl")
+    return [tuple(line[k] for k in keys) for line in lines if all(k in line for k in keys)]
+
+
+def losses(settings: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return log_of(settings, "step", "loss", "grad_norm", "lr")
+
+
+def start(settings: dict[str, Any], how: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", RUN, json.dumps(settings), how])
+
+
+def wait_for_lines(
+    settings: dict[str, Any], count: int, process: "subprocess.Popen[bytes]"
+) -> None:
+    log = Path(settings["out"]) / "log.jsonl"
+    limit = time.monotonic() + 60
+    while not log.exists() or log.read_bytes().count(b"\n") < count:
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def test_a_run_learns_and_leaves_everything(tiny: dict[str, Any]) -> None:
+    tiny |= {"steps": 60, "plot": "auto"}
+    result = run(tiny)
+    out = Path(tiny["out"])
+    for name in ("model.safetensors", "config.json", "last.pt", "log.jsonl", "samples.txt"):
+        assert (out / name).stat().st_size > 0
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    bpb = [value for (value,) in log_of(tiny, "bpb")]
+    assert bpb[0] > 7.5
+    assert np.mean(bpb[-5:]) < 4
+    assert result["final_bpb"] < 4
+    assert result["step"] == 60
+    assert result["tokens"] == 60 * 4 * 32
+    assert 0 < result["xz_bpb"] < 8
+    lines = state.read_log(out / "log.jsonl")
+    assert lines[0]["config"] == TrainConfig(**tiny).to_dict()
+    assert lines[-1] == {k: v for k, v in result.items() if k != "out"}
+    assert [step for step, _ in log_of(tiny, "step", "val_bpb")] == list(range(4, 61, 4))
+
+
+def test_step_0_has_the_initial_weights(tiny: dict[str, Any], monkeypatch: Any) -> None:
+    # trap 52: nothing redraws weights after the model's own initialisation.
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny)
+    saved = state.read(Path(tiny["out"]))["model"]
+    torch.manual_seed(0)
+    fresh = LM(MambaConfig(d_model=16, n_layers=2, d_state=4), 257).state_dict()
+    assert saved.keys() == fresh.keys()
+    assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
+
+
+def test_killed_at_any_moment_it_goes_on_exactly(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny |= {"steps": 60, "eval_interval": 7, "save_interval": 5}
+    whole = {**tiny, "out": str(tmp_path / "whole"), "cache": str(tmp_path / "cache")}
+    process = start(whole, "start")
+    assert process.wait() == 0
+    process = start(tiny, "start")
+    for lines in (14, 50):
+        wait_for_lines(tiny, lines, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process = start(tiny, "resume")
+    assert process.wait() == 0
+    # Bit for bit, and each step once.
+    assert losses(tiny) == losses(whole)
+    assert [step for step, *_ in losses(tiny)] == list(range(1, 61))
+    assert log_of(tiny, "step", "val_bpb") == log_of(whole, "step", "val_bpb")
+    final = ("final_bpb", "best_step", "tokens")
+    assert log_of(tiny, *final) == log_of(whole, *final)
+    for name in ("model.safetensors", "samples.txt"):
+        assert (Path(tiny["out"]) / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_interrupt_saves_after_a_whole_step(tiny: dict[str, Any], monkeypatch: Any) -> None:
+    whole = {**tiny, "out": tiny["out"] + "-whole"}
+    run(whole)
+    step = Trainer.step
+
+    def interrupted(self: Trainer) -> dict[str, Any]:
+        if self.run.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"after step 6, saved; `mambapy train --resume"):
+        run(tiny)
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    assert state.read(Path(tiny["out"]))["step"] == 6
+    train(state.saved_config(tiny["out"]), resume=True, quiet=True)
+    assert losses(tiny) == losses(whole)
+
+
+def test_finished_run_reports_again(tiny: dict[str, Any]) -> None:
+    first = run(tiny)
+    again = train(state.saved_config(tiny["out"]), resume=True, quiet=True)
+    assert again == first
+    assert len(log_of(tiny, "final_bpb")) == 1
+
+
+def test_resumed_run_needs_its_text_no_more(tiny: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("some words to learn\n" * 500)
+    tiny |= {"data": str(file)}
+    run(tiny)
+    file.unlink()
+    assert train(state.saved_config(tiny["out"], steps=14), resume=True, quiet=True)["step"] == 14
+    # Changed text, and the prepared tokens gone.
+    file.write_text("other words to learn\n" * 500)
+    for entry in (Path(tiny["out"]) / "data").iterdir():
+        entry.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="has changed since the run"):
+        train(state.saved_config(tiny["out"], steps=16), resume=True, quiet=True)
+
+
+def test_accumulation_is_the_larger_batch(tiny: dict[str, Any], tmp_path: Path) -> None:
+    run({**tiny, "out": str(tmp_path / "a"), "batch_size": 8})
+    run({**tiny, "out": str(tmp_path / "b"), "batch_size": 2, "accumulate": 4})
+    a = log_of({"out": tmp_path / "a"}, "step", "tokens", "loss")
+    b = log_of({"out": tmp_path / "b"}, "step", "tokens", "loss")
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+
+
+def test_checkpointing_changes_no_loss(tiny: dict[str, Any], tmp_path: Path) -> None:
+    run({**tiny, "out": str(tmp_path / "a")})
+    run({**tiny, "out": str(tmp_path / "b"), "checkpointing": "block"})
+    a, b = (log_of({"out": tmp_path / name}, "loss") for name in "ab")
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_compile(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tiny)
+    compiled = {**tiny, "out": tiny["out"] + "-compiled", "compile": True, "steps": 3}
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    run({**compiled})
+    np.testing.assert_allclose(log_of(compiled, "loss"), log_of(tiny, "loss")[:3], rtol=1e-2)
+
+
+def test_autocast_keeps_float32_weights_and_learns(tiny: dict[str, Any]) -> None:
+    # trap 13: bfloat16 activations with float32 parameters and moments.
+    tiny |= {"steps": 60, "dtype": "bfloat16"}
+    result = run(tiny)
+    assert result["final_bpb"] < 4
+    payload = state.read(Path(tiny["out"]))
+    assert {T.dtype for T in payload["model"].values()} == {torch.float32}
+    moments = payload["optimizer"]["state"].values()
+    assert {m["exp_avg_sq"].dtype for m in moments} == {torch.float32}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_learning_rates_in_the_log_are_the_schedule(tiny: dict[str, Any], schedule: str) -> None:
+    run({**tiny, "schedule": schedule, "decay_fraction": 0.5, "min_lr_ratio": 0.1})
+    rates = [lr for (lr,) in log_of(tiny, "lr")]
+    assert rates[:2] == [0.005, 0.01]
+    assert rates[-1] == pytest.approx(0.001)
+    assert (rates[5] == 0.01) == (schedule == "wsd")
+
+
+def test_minutes_fix_the_number_of_steps_once(tiny: dict[str, Any]) -> None:
+    del tiny["steps"], tiny["eval_interval"]
+    tiny |= {"minutes": 0.05}
+    result = run(tiny)
+    payload = state.read(Path(tiny["out"]))
+    assert payload["total"] == result["step"] > CALIBRATION_STEPS
+    # Three seconds, with a machine that may be busy; never many times as long.
+    assert result["seconds"] < 12
+    again = train(state.saved_config(tiny["out"]), resume=True, quiet=True)
+    assert again["step"] == result["step"]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_stops_and_costs_nothing(tiny: dict[str, Any], monkeypatch: Any, what: str) -> None:
+    forward = LM.forward
+    calls = 0
+
+    def spoilt(self: LM, *args: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        logits = forward(self, *args, **options)
+        if calls == 7 and what == "loss":
+            return logits * float("nan")
+        if calls == 7:
+            logits.register_hook(lambda gradient: gradient * float("inf"))
+        return logits
+
+    monkeypatch.setattr(LM, "forward", spoilt)
+    with pytest.raises(TrainingError) as error:
+        run(tiny)
+    message = str(error.value)
+    assert f"{what} is nan at step 7" in message
+    assert "a lower --lr (now 0.01)" in message
+    assert tiny["out"] in message
+    payload = state.read(Path(tiny["out"]))
+    assert payload["step"] == 4
+    assert all(T.isfinite().all() for T in payload["model"].values())
+    assert all(T.isfinite().all() for T in LM.from_pretrained(tiny["out"]).parameters())
+
+
+def test_folder_with_a_run_is_kept_unless_told_otherwise(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    out = Path(tiny["out"])
+    (out / "notes.txt").write_text("mine")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingError, match=r"already holds a run; --resume .* --overwrite"):
+        run({**tiny, "seed": 1})
+    assert (out / "model.safetensors").read_bytes() == before
+    run({**tiny, "seed": 1}, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [step for step, *_ in losses(tiny)] == list(range(1, 13))
+    with pytest.raises(ConfigError, match="contradict"):
+        run(tiny, resume=True, overwrite=True)
+
+
+def test_unwritable_folder_is_found_before_any_work(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    # Data that would fail, too: it is not looked at.
+    settings = {**tiny, "out": str(tmp_path / "file" / "run"), "data": "gone"}
+    with pytest.raises(TrainingError, match=r"run folder .*file/run cannot be written to: Not a"):
+        run(settings)
+
+
+def test_device_that_is_not_there(tiny: dict[str, Any]) -> None:
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device='{name}' cannot be used here"):
+            run({**tiny, "device": name})
+
+
+def test_missing_matplotlib_never_costs_a_run(tiny: dict[str, Any], monkeypatch: Any) -> None:
+    def missing() -> None:
+        raise MissingExtraError("matplotlib", "train")
+
+    monkeypatch.setattr(report, "require_matplotlib", missing)
+    with pytest.raises(MissingExtraError, match=r"pip install 'mambapy\[train\]'"):
+        run({**tiny, "plot": "always"})
+    assert not Path(tiny["out"], "last.pt").exists()
+    assert run({**tiny, "plot": "auto"})["step"] == 12
+    assert not Path(tiny["out"], "loss.png").exists()
+
+
+def test_samples_follow_their_prompt(tiny: dict[str, Any]) -> None:
+    run({**tiny, "sample_prompt": "def mamba", "samples": 2})
+    text = (Path(tiny["out"]) / "samples.txt").read_text(encoding="utf-8")
+    assert text.count("def mamba") >= 2
+    assert "=== 2: the model goes on ===" in text
+
+
+def test_prompts_come_from_the_held_out_text(tiny: dict[str, Any], corpus: Path) -> None:
+    run({**tiny, "samples": 3})
+    text = (Path(tiny["out"]) / "samples.txt").read_text(encoding="utf-8")
+    prompt = text.split("=== 1: prompt ===\n")[1].split("\n=== 1: the model")[0]
+    assert prompt
+    assert any(prompt in f.read_text(encoding="utf-8") for f in corpus.iterdir())
+
+
+def test_progress_and_messages_go_to_stderr(tiny: dict[str, Any], capsys: Any) -> None:
+    train(TrainConfig(**tiny))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "40 text files" in captured.err
+    assert "12/12 steps" in captured.err
+    for word in ("tok/s", "bits/byte", "held-out", "left"):
+        assert word in captured.err
