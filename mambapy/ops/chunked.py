@@ -13,7 +13,7 @@ Inside, the state stands as (b, n, e): the channels are the long axis, so they c
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from mambapy.ops import reference
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import scan_in_place
+
+# Gradients of x, dt, A, B, C, D, z, dt_bias, state. (A schema needs each of them spelt out.)
+Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Steps between saved states: 64 keeps them at e/4 numbers a token where n = 16.
 CHUNK = 64
@@ -118,8 +121,8 @@ def _backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
     dt_softplus: bool,
-) -> list[Tensor]:
-    """Gradients of x, dt, A, B, C, D, z, dt_bias, state; an empty tensor for what was None."""
+) -> Grads:
+    """The gradients; an empty tensor for what was None."""
     grads = _empty_grads(x, dt, A, B, C, D, z, dt_bias, state)
     gx, gdt, gA, gB, gC, gD, gz, gbias, gstate = grads
     keep = None if seq_idx is None else continues(seq_idx)
@@ -194,7 +197,7 @@ def _(
     state: Tensor | None,
     seq_idx: Tensor | None,
     dt_softplus: bool,
-) -> list[Tensor]:
+) -> Grads:
     return _empty_grads(x, dt, A, B, C, D, z, dt_bias, state)
 
 
@@ -316,9 +319,10 @@ def _empty_outputs(
     )
 
 
-def _empty_grads(x: Tensor, *others: Tensor | None) -> list[Tensor]:
+def _empty_grads(x: Tensor, *others: Tensor | None) -> Grads:
     """A contiguous tensor like each argument; an empty one in place of None."""
-    return [
-        x.new_empty(0) if T is None else torch.empty_like(T, memory_format=torch.contiguous_format)
-        for T in (x, *others)
+    like = torch.contiguous_format
+    grads = [
+        x.new_empty(0) if T is None else torch.empty_like(T, memory_format=like) for T in others
     ]
+    return cast(Grads, (torch.empty_like(x, memory_format=like), *grads))

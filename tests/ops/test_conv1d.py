@@ -34,7 +34,7 @@ def test_equals_torchs_convolution(k, l, activation):  # trap 21: l < k too
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_any_split_gives_what_one_call_gives(k):
+def test_any_split_gives_what_one_call_gives(k):  # trap 49
     args = conv_args(l=9, k=k)
     x, state = args.pop("x"), args.pop("state")
     y, last = ops.causal_conv1d(x, **args, state=state, return_state=True)
