@@ -68,7 +68,7 @@ def test_masks_and_documents_compile_whole():  # trap 27
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("default")
 def test_inductor_trains():
     model = LM(tiny(), 21)
     compiled = torch.compile(model, fullgraph=True)
