@@ -33,7 +33,8 @@ _FORMAT = 1
 class Run:
     """A run at a step: `step` optimiser steps are done, of `total` (None: not fixed yet).
 
-    `interval` is the number of steps between validations, fixed together with `total`.
+    `interval` is the number of steps between validations. In a run of some minutes, `plans` counts
+    how often `total` was planned, and `reserve` is the time set aside for the end, in seconds.
     """
 
     config: TrainConfig
@@ -46,6 +47,8 @@ class Run:
     best: float = float("inf")
     best_step: int = 0
     seconds: float = 0.0
+    plans: int = 0
+    reserve: float = 0.0
 
 
 def save(run: Run, folder: Path) -> None:
@@ -65,6 +68,8 @@ def save(run: Run, folder: Path) -> None:
         "best": run.best,
         "best_step": run.best_step,
         "seconds": run.seconds,
+        "plans": run.plans,
+        "reserve": run.reserve,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "rng": torch.get_rng_state(),
@@ -127,7 +132,7 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
             group.update(mine)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / LAST} does not fit this model: {error}") from error
-    for name in ("step", "best", "best_step", "seconds"):
+    for name in ("step", "best", "best_step", "seconds", "plans", "reserve"):
         setattr(run, name, payload[name])
     # Where other values are asked for than the run had, the new run's own hold already.
     if run.config.steps is None:

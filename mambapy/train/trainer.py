@@ -2,7 +2,6 @@
 
 import math
 import signal
-import statistics
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +20,10 @@ from mambapy.train.data import Dataset, batch
 from mambapy.train.schedule import lr_factor
 from mambapy.train.validation import bits_per_byte, nats
 
-# With `minutes`, that many steps are timed before the number of steps is fixed.
+# With `minutes`, that many steps are timed before the number of steps is planned; it is planned
+# again when these shares of the time have passed, since a machine's speed changes.
 CALIBRATION_STEPS = 10
+PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
 # With `eval_interval=0`, about that many validations in a run, or, with `minutes`, as many as take
 # that share of its time.
 VALIDATIONS = 20
@@ -41,6 +42,8 @@ class Trainer:
         self.device = next(run.model.parameters()).device
         self.forward = torch.compile(run.model) if run.config.compile else run.model
         self._shown: dict[str, str] = {}
+        # Step and seconds at the last plan, or where this process took the run up.
+        self._mark = run.step, run.seconds
 
     def fit(self, stop: "Stop") -> None:
         """Run to the end, or until a stop is asked for.
@@ -52,25 +55,24 @@ class Trainer:
         run, config = self.run, self.config
         started = time.perf_counter() - run.seconds
         saved = time.perf_counter()
-        times: list[float] = []
+        self._mark = run.step, run.seconds
         run.model.train()
         while run.total is None or run.step < run.total:
-            began = time.perf_counter()
             values = self.step()
-            times.append(time.perf_counter() - began)
             run.seconds = time.perf_counter() - started
             if run.step % config.log_interval == 0:
                 self.log.write(**values, seconds=round(run.seconds, 3))
-            self._show(values, sum(times) / len(times))
-            fixing = run.total is None and len(times) == CALIBRATION_STEPS
-            validate = fixing or (run.total is not None and self._due(run.interval))
-            if fixing:
-                self._fix_total(times)
-            elif validate:
+            self._show(values)
+            plan = self._plan_is_due()
+            validate = run.total is not None and self._due(run.interval)
+            if validate:
                 self.validate()
             run.seconds = time.perf_counter() - started
+            if plan:
+                self._plan()
+                run.seconds = time.perf_counter() - started
             due = self._due(config.save_interval) if config.save_interval else validate
-            if fixing or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS:
+            if plan or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS:
                 self.log.sync()
                 state.save(run, self.folder)
                 saved = time.perf_counter()
@@ -154,25 +156,39 @@ class Trainer:
         """The precision context of forward passes; weights stay float32 in all of them."""
         return autocast(self.config.dtype, self.device)
 
-    def _fix_total(self, times: list[float]) -> None:
-        """Fix how many steps fit into `minutes`: once, from then on the run is deterministic."""
+    def _plan_is_due(self) -> bool:
+        """Whether it is time to plan (again) how many steps a run of some minutes has."""
+        run, minutes = self.run, self.config.minutes
+        if minutes is None or run.plans == len(PLANS) or run.step == run.total:
+            return False
+        enough = run.step - self._mark[0] >= CALIBRATION_STEPS
+        return enough and run.seconds >= PLANS[run.plans] * 60 * minutes
+
+    def _plan(self) -> None:
+        """Set how many steps the run has, from the speed since the plan before.
+
+        What is planned is saved, so a run that is resumed later goes on as it would have.
+        """
         run, config = self.run, self.config
-        began = time.perf_counter()
-        self.validate()
-        validation = time.perf_counter() - began
-        # The first steps warm up caches and compile kernels.
-        per_step = statistics.median(times[2:])
-        n = len(self.data.held_out)
+        steps = run.step - self._mark[0]
+        per_step = (run.seconds - self._mark[1]) / steps
         left = (config.minutes or 0.0) * 60 - run.seconds
-        left -= validation * (1 + n / min(n, config.eval_tokens))
-        if config.eval_interval:
-            steps = int(left / (per_step + validation / config.eval_interval))
-            run.total = run.step + max(1, steps)
-        else:
+        if run.total is None:
+            began = time.perf_counter()
+            self.validate()
+            validation = time.perf_counter() - began
+            # The last validation reads all of the held-out text.
+            run.reserve = validation * max(1.0, len(self.data.held_out) / config.eval_tokens)
+            left -= validation + run.reserve
             count = min(VALIDATIONS, max(1, int(VALIDATION_SHARE * left / validation)))
-            steps = int((left - count * validation) / per_step)
-            run.total = run.step + max(1, steps)
-            run.interval = -(-run.total // count)
+            run.total = run.step + max(1, int((left - count * validation) / per_step))
+            run.interval = config.eval_interval or -(-run.total // count)
+        else:
+            run.total = run.step + max(1, int((left - run.reserve) / per_step))
+        run.plans = 1 + sum(
+            run.seconds >= share * 60 * (config.minutes or 0) for share in PLANS[1:]
+        )
+        self._mark = run.step, run.seconds
         self.bar.total = run.total
         self.bar.refresh()
 
@@ -189,8 +205,9 @@ class Trainer:
                 f"{what} is {value} at step {self.run.step + 1}; {advice(self.config)}"
             )
 
-    def _show(self, values: dict[str, Any], seconds: float) -> None:
+    def _show(self, values: dict[str, Any]) -> None:
         """Bring the bar up to date."""
+        seconds = (self.run.seconds - self._mark[1]) / (self.run.step - self._mark[0])
         tokens = self.config.batch_size * self.config.accumulate * self.config.length
         self._shown = {
             "tok/s": f"{tokens / seconds:,.0f}",

@@ -201,7 +201,7 @@ def test_learning_rates_in_the_log_are_the_schedule(tiny: dict[str, Any], schedu
     assert (rates[5] == 0.01) == (schedule == "wsd")
 
 
-def test_minutes_fix_the_number_of_steps_once(tiny: dict[str, Any]) -> None:
+def test_minutes_set_the_number_of_steps(tiny: dict[str, Any]) -> None:
     del tiny["steps"], tiny["eval_interval"]
     tiny |= {"minutes": 0.05}
     result = run(tiny)
