@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mambapy.errors import ConfigError
 
-BACKENDS = ("auto", "reference", "pscan", "chunked", "cpu", "gpu", "official")
+BACKENDS = ("auto", "reference", "pscan", "chunked", "official")
 
 
 @dataclass(frozen=True, kw_only=True)
