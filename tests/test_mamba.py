@@ -439,6 +439,14 @@ def test_a_foreign_state_is_refused():  # traps 35, 39
             model.step(x[:, 0], state)
 
 
+def test_shapes_on_the_meta_device():
+    model = Mamba(tiny()).to("meta")
+    x = torch.zeros(2, 5, 8, device="meta")
+    y, state = model.prefill(x)
+    assert y.shape == (2, 5, 8)
+    assert model.step(x[:, 0], state)[0].shape == (2, 8)
+
+
 def test_long_stream_in_constant_memory():  # trap 33
     model = make(n_layers=1, d_model=3)
     x = torch.randn(1, 3000, 3, dtype=torch.float64)

@@ -52,7 +52,7 @@ def causal_conv1d(  # type: ignore[misc]
     _check(x, weight, bias, activation, state, seq_idx)
     options = {"activation": activation, "state": state, "seq_idx": seq_idx}
     run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x):
         y = run(x, weight, bias, **options)
     if not return_state:
         return y
@@ -83,7 +83,7 @@ def causal_conv1d_step(
         ShapeError: a shape, dtype or device does not fit.
     """
     _check(x.unsqueeze(1), weight, bias, activation, state, None)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x):
         window = torch.cat((state, x[:, None].to(state.dtype)), dim=1)  # (b, k, e)
         wide = reference.wide_dtype(x, weight, state)
         y = torch.einsum("bke,ek->be", window.to(wide), weight.to(wide))

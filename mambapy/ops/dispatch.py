@@ -5,8 +5,12 @@ looks at the arguments of a call and returns the reason why it cannot run them, 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mambapy.errors import BackendError
 
@@ -70,9 +74,11 @@ def pick(
     )
 
 
-def ops() -> tuple[str, ...]:
-    """The names of all registered ops."""
-    return tuple(_REGISTRY)
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves the products of an op in the dtype they are given."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> list[Verdict]:

@@ -1,6 +1,5 @@
 """RMS normalisation: the public op and its backends."""
 
-import torch
 from torch import Tensor
 
 from mambapy.errors import ShapeError
@@ -32,7 +31,7 @@ def rms_norm(
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ShapeError(f"weight must be (d) = {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
     run = dispatch.pick("rms_norm", BACKENDS, backend, x, weight, eps)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x):
         return run(x, weight, eps)
 
 

@@ -72,8 +72,7 @@ def selective_scan(  # type: ignore[misc]
         "seq_idx": seq_idx,
     }
     run = dispatch.pick("selective_scan", BACKENDS, backend, x, dt, A, B, C, D, z, **options)
-    # Autocast would run the products inside in half precision.
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x):
         y, last = run(x, dt, A, B, C, D, z, **options)
     return (y, last) if return_state else y
 
@@ -116,7 +115,7 @@ def selective_scan_step(
     if x1 is None or dt1 is None or B1 is None or C1 is None:
         raise ShapeError("selective_scan_step needs x, dt, B and C")
     _check(x1, dt1, A, B1, C1, D, z1, dt_bias, state, None)
-    with torch.autocast(x.device.type, enabled=False):
+    with dispatch.without_autocast(x):
         return reference.selective_scan_step(
             x, dt, A, B, C, D, z, state=state, dt_bias=dt_bias, dt_softplus=dt_softplus
         )
