@@ -282,7 +282,8 @@ def _prompts(given: str | None) -> Iterator[str]:
     else:
         with contextlib.suppress(EOFError):
             while True:
-                yield input("prompt> ")
+                if prompt := input("prompt> "):
+                    yield prompt
         print()
 
 
