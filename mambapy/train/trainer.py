@@ -21,7 +21,7 @@ from mambapy.train.schedule import lr_factor
 from mambapy.train.validation import bits_per_byte, nats
 
 # With `minutes`, that many steps are timed before the number of steps is planned; it is planned
-# again when these shares of the time have passed, since a machine's speed changes.
+# again after these shares of the time, or of the steps, since a machine's speed changes.
 CALIBRATION_STEPS = 10
 PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
 # With `eval_interval=0`, about that many validations in a run, or, with `minutes`, as many as take
@@ -161,8 +161,14 @@ class Trainer:
         run, minutes = self.run, self.config.minutes
         if minutes is None or run.plans == len(PLANS) or run.step == run.total:
             return False
-        enough = run.step - self._mark[0] >= CALIBRATION_STEPS
-        return enough and run.seconds >= PLANS[run.plans] * 60 * minutes
+        if run.step - self._mark[0] < CALIBRATION_STEPS:
+            return False
+        return run.total is None or self._progress() >= PLANS[run.plans]
+
+    def _progress(self) -> float:
+        """The share of a timed run that is over: of its minutes or of its steps."""
+        run = self.run
+        return max(run.seconds / (60 * (self.config.minutes or 1)), run.step / (run.total or 1))
 
     def _plan(self) -> None:
         """Set how many steps the run has, from the speed since the plan before.
@@ -185,9 +191,10 @@ class Trainer:
             run.interval = config.eval_interval or -(-run.total // count)
         else:
             run.total = run.step + max(1, int((left - run.reserve) / per_step))
-        run.plans = 1 + sum(
-            run.seconds >= share * 60 * (config.minutes or 0) for share in PLANS[1:]
-        )
+            if not config.eval_interval:
+                run.interval = max(run.interval, -(-run.total // VALIDATIONS))
+        progress = self._progress()
+        run.plans = 1 + sum(progress >= share for share in PLANS[1:])
         self._mark = run.step, run.seconds
         self.bar.total = run.total
         self.bar.refresh()
