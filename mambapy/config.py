@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mambapy.errors import ConfigError
 
-BACKENDS = ("auto", "reference", "pscan", "chunked", "official")
+BACKENDS = ("auto", "reference", "pscan", "chunked", "cpu", "official")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,7 +186,7 @@ def test_gradient_of_the_initial_state():
     assert torch.autograd.gradcheck(function, (conv, ssm))
 
 
-@pytest.mark.parametrize("backend", ["reference", "pscan", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "pscan", "chunked", "cpu"])
 def test_backends_agree(backend):
     model = make()
     same = Mamba(dataclasses.replace(model.config, backend=backend)).double()

@@ -213,32 +213,22 @@ def _autograd(
     """The gradient of `_forward`; itself differentiable where a second derivative is asked for."""
     *tensors, bounds = ctx.saved_tensors
     if torch.is_grad_enabled():
-        grads = _differentiable_backward(ctx, grad_y, grad_last, tensors)
+        grads = reference.differentiable_gradients(
+            lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
+                *(x, dt, A, B, C, D, z),
+                dt_bias=dt_bias,
+                dt_softplus=ctx.dt_softplus,
+                state=state,
+                seq_idx=tensors[9],
+            ),
+            tensors[:9],
+            ctx.needs_input_grad[:9],
+            (grad_y, grad_last),
+        )
     else:
         grads = _backward(grad_y, grad_last, bounds, *tensors, ctx.dt_softplus)
     given = [g if t is not None else None for g, t in zip(grads, tensors[:9], strict=True)]
     return (*given, None, None)  # none for seq_idx and dt_softplus
-
-
-def _differentiable_backward(
-    ctx: Any, grad_y: Tensor, grad_last: Tensor, tensors: list[Tensor | None]
-) -> list[Tensor | None]:
-    """The same gradients from the reference, whose own gradient autograd knows (create_graph)."""
-    x, dt, A, B, C, D, z, dt_bias, state, seq_idx = tensors
-    options = {"dt_softplus": ctx.dt_softplus, "state": state, "seq_idx": seq_idx}
-    outputs = reference.selective_scan(x, dt, A, B, C, D, z, dt_bias=dt_bias, **options)  # type: ignore[arg-type]
-    needed = [i for i in range(9) if ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(
-        outputs,
-        [T for i in needed if (T := tensors[i]) is not None],
-        (grad_y, grad_last),
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads: list[Tensor | None] = [None] * 9
-    for i, grad in zip(needed, found, strict=True):
-        grads[i] = grad
-    return grads
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, official, reference
+from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.selective_scan import check_seq_idx
 
 
@@ -38,7 +39,7 @@ def causal_conv1d(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. A tap into another document is zero;
             the initial state belongs to the first token's document.
         return_state: whether to return the last k-1 inputs too, see `conv_state`.
-        backend: "auto", "reference" or "official".
+        backend: "auto", "cpu", "official" or "reference".
 
     Returns:
         y (b, l, e) in x's dtype; with `return_state` also the state (b, k-1, e).
@@ -168,6 +169,7 @@ def _check(
 BACKENDS = dispatch.register(
     "causal_conv1d",
     [
+        dispatch.Backend("cpu", cpu.causal_conv1d, cpu.refuses),
         dispatch.Backend("official", official.causal_conv1d, official.refuses_conv),
         dispatch.Backend("reference", reference.causal_conv1d),
     ],

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, reference
+from mambapy.ops.cpu import backend as cpu
 
 
 def rms_norm(
@@ -15,7 +16,7 @@ def rms_norm(
         x: (..., d) input.
         weight: (d) or None.
         eps: added to the mean square, > 0.
-        backend: "auto" or "reference".
+        backend: "auto", "cpu" or "reference".
 
     Returns:
         y, of x's shape and dtype.
@@ -35,4 +36,10 @@ def rms_norm(
         return run(x, weight, eps)
 
 
-BACKENDS = dispatch.register("rms_norm", [dispatch.Backend("reference", reference.rms_norm)])
+BACKENDS = dispatch.register(
+    "rms_norm",
+    [
+        dispatch.Backend("cpu", cpu.rms_norm, cpu.refuses_norm),
+        dispatch.Backend("reference", reference.rms_norm),
+    ],
+)

@@ -5,6 +5,9 @@ Nothing here is fast. Every other backend is tested against this file, on output
 Letters: b batch, l length, e channels (d_inner), n state size, k convolution width.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -174,3 +177,40 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     if weight is not None:
         y = y * weight.to(y.dtype)
     return y.to(x.dtype)
+
+
+def differentiable_gradients(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of a reference op that autograd can differentiate again (`create_graph=True`).
+
+    Kernels know their first derivative only. Where a second one is asked for, they take the first
+    from here: slow, exact, and rarely needed.
+
+    Args:
+        function: the reference op, as a function of the tensors.
+        tensors: its arguments; None stays None.
+        needed: which of them need a gradient.
+        grad_outputs: the gradients of its outputs; None counts as zero.
+
+    Returns:
+        A gradient for each tensor; None where none is needed.
+    """
+    results = function(*tensors)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if g is not None]
+    wanted = [i for i, need in enumerate(needed) if need]
+    found = torch.autograd.grad(
+        [result for result, _ in pairs],
+        [T for i in wanted if (T := tensors[i]) is not None],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return grads

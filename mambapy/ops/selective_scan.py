@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import chunked, dispatch, official, reference
+from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import pscan
 
@@ -53,7 +54,7 @@ def selective_scan(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. Where it changes, the state restarts
             from zero; the initial state belongs to the first token's document.
         return_state: whether to return h after the last step too.
-        backend: "auto", or one of "chunked", "pscan", "reference", "official".
+        backend: "auto", or one of "cpu", "official", "chunked", "pscan", "reference".
 
     Returns:
         y (b, l, e) in x's dtype; with `return_state` also the state (b, e, n), float32 or wider.
@@ -209,6 +210,7 @@ def check_seq_idx(seq_idx: Tensor | None, b: int, l: int) -> None:
 BACKENDS = dispatch.register(
     "selective_scan",
     [
+        dispatch.Backend("cpu", cpu.selective_scan, cpu.refuses),
         dispatch.Backend("official", official.selective_scan, official.refuses_scan),
         dispatch.Backend("chunked", chunked.selective_scan),
         dispatch.Backend("pscan", _pscan),

@@ -7,7 +7,7 @@ from mambapy.errors import BackendError, ShapeError
 from mambapy.ops import official
 from tests.helpers import assert_near, outputs_and_grads, scan_args
 
-BACKENDS = ["pscan", "chunked"]
+BACKENDS = ["pscan", "chunked", "cpu"]
 OPTIONAL = ["D", "z", "dt_bias", "state", "seq_idx"]
 
 
@@ -284,7 +284,7 @@ def test_a_backend_that_cannot_run_says_why():
 def test_explain_names_the_choice_and_every_refusal():
     args = scan_args(full=False)
     verdicts = ops.explain("selective_scan", *args.values())
-    assert [v.backend for v in verdicts if v.chosen] == ["chunked"]
+    assert [v.backend for v in verdicts if v.chosen] == ["cpu"]
     assert "mamba_ssm" in next(v.reason for v in verdicts if v.backend == "official")
     assert "can run this" in str(next(v for v in verdicts if v.chosen))
     with pytest.raises(BackendError, match="there is no op"):

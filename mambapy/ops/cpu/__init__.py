@@ -1,0 +1,11 @@
+"""Fused kernels for the CPU, in Numba: compiled to the machine's own instructions at first use.
+
+backend         what the dispatch of mambapy.ops sees
+torch_ops       the kernels as torch operators, with gradients
+selective_scan  conv1d  norm  step       kernels and what launches them
+scan_forward  scan_backward              the two kernels of the scan
+exp             exp, softplus, SiLU on vectors
+rows            how a kernel sees tensors of any dtype and stride
+memory  simd    loads, stores and arithmetic on vectors of 32 numbers
+threads         compiling, the cache on disk, threads
+"""

@@ -1,0 +1,47 @@
+"""The backend `cpu` of the ops. Numba is imported when the first kernel is needed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambapy.ops.reference import wide_dtype
+
+
+def refuses(x: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why the kernels cannot run a call on x, or None."""
+    return None if x.device.type == "cpu" else f"it needs CPU tensors, x is on {x.device.type}"
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ops.selective_scan` in one pass: y (b, l, e) and the last state (b, e, n)."""
+    from mambapy.ops.cpu import torch_ops
+
+    # x's dtype decides what the kernels calculate in.
+    wide = wide_dtype(x, dt, A, B, C, options.get("state"))
+    run_in = wide if wide == torch.float64 else x.dtype
+    y, last = torch_ops.cpu_selective_scan(x.to(run_in), dt, A, B, C, *optional, **options)
+    return y.to(x.dtype), last
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """`ops.causal_conv1d` in one pass."""
+    from mambapy.ops.cpu import torch_ops
+
+    wide = wide_dtype(x, weight, options.get("state"))
+    run_in = wide if wide == torch.float64 else x.dtype
+    return torch_ops.cpu_causal_conv1d(x.to(run_in), weight, bias, **options).to(x.dtype)
+
+
+def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> str | None:
+    """Why the kernel cannot run a norm, or None."""
+    return "it needs a weight" if weight is None else refuses(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm` in one pass."""
+    from mambapy.ops.cpu import torch_ops
+
+    return torch_ops.cpu_rms_norm(x, weight, None, eps)[0]

@@ -1,0 +1,377 @@
+"""The kernels as torch custom ops: autograd, torch.compile and export (fullgraph, dynamic b and l),
+torch.func.vmap.
+
+Each backward is a custom op as well. It has no derivative of its own: a second backward raises.
+"""
+
+from collections.abc import Callable
+from typing import Any, List
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from mambapy.ops import reference
+from mambapy.ops.cpu import conv1d, norm, selective_scan
+from mambapy.ops.reference import differentiable_gradients
+
+_ONCE = "this CPU kernel has no second derivative here: use backend='reference' or 'pscan'"
+
+
+def _never_twice(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(_ONCE)
+
+
+def _nothing(ctx: Any, inputs: tuple, output: Any) -> None:
+    """Save nothing: there is no backward."""
+
+
+def _transform() -> Any:
+    """The innermost torch.func transform (grad, vmap, ...) that is active, or None."""
+    return torch._C._functorch.peek_interpreter_stack()
+
+
+def _map_rule(call: Callable, rows: tuple[int, ...], kind: type) -> Callable:
+    """vmap: fold the mapped axis into the batch where only inputs `rows` are mapped; else one call
+    after another."""
+
+    def fold(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+        if value is None:
+            return None
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.flatten(0, 1)
+
+    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+        size = info.batch_size
+        pairs = [
+            (v, d if isinstance(v, Tensor) else None) for v, d in zip(inputs, in_dims, strict=True)
+        ]
+        if all(i in rows for i, (_, dim) in enumerate(pairs) if dim is not None):
+            outputs = call(
+                *[fold(v, d, size) if i in rows else v for i, (v, d) in enumerate(pairs)]
+            )
+            single = isinstance(outputs, Tensor)
+            outputs = [outputs] if single else list(outputs)
+            dims = [0 if out.numel() else None for out in outputs]
+            outputs = [out.unflatten(0, (size, -1)) if out.numel() else out for out in outputs]
+        else:
+            calls = [
+                call(*[v if d is None else v.select(d, i) for v, d in pairs]) for i in range(size)
+            ]
+            single = isinstance(calls[0], Tensor)
+            outputs = (
+                [torch.stack(calls)]
+                if single
+                else [torch.stack(c) for c in zip(*calls, strict=True)]
+            )
+            dims = [0] * len(outputs)
+        return (outputs[0], dims[0]) if single else (kind(outputs), kind(dims))
+
+    return rule
+
+
+def _differentiable(
+    op: Callable,
+    setup: Callable,
+    gradient: Callable,
+    rows: tuple[int, ...] = (),
+    kind: type = tuple,
+) -> Callable:
+    """Register autograd and vmap for `op`, and return a call of it that torch.func.grad goes
+    through as well.
+
+    torch.func.grad refuses custom ops with registered autograd, but not an autograd.Function around
+    them.
+
+    Args:
+        op: the custom op; `kind` is the type of several outputs.
+        setup, gradient: as for `register_autograd`.
+        rows: the inputs whose first axis is the batch, if rows of the batch do not depend on each
+            other.
+    """
+
+    def call(*args):
+        transform = None if torch.compiler.is_compiling() else _transform()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
+            return Around.apply(*args)
+        result = op(*args)
+        return tuple(result) if isinstance(result, list) else result
+
+    class Around(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return call(*args)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
+        vmap = staticmethod(_map_rule(call, rows, tuple))
+
+    op.register_autograd(gradient, setup_context=setup)
+    op.register_vmap(_map_rule(call, rows, kind))
+    return call
+
+
+@custom_op("mambapy::cpu_selective_scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return selective_scan.forward(
+        x, dt, A, B, C, D, z,
+        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, save=save,
+    )  # fmt: skip
+
+
+@_scan.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save):
+    b, l, e = x.shape
+    n = A.shape[1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    starts = selective_scan.saved_shape(b, l, e, n) if save else (0,)
+    y = x.new_empty(b, l, e)
+    return y, x.new_empty(b, e, n, dtype=wide), x.new_empty(starts, dtype=wide)
+
+
+@custom_op("mambapy::cpu_selective_scan_backward", mutates_args=())
+def _scan_backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    starts: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+) -> List[Tensor]:
+    grads = selective_scan.backward(
+        grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus
+    )
+    return [grad for grad in grads if grad is not None]
+
+
+@_scan_backward.register_fake
+def _(grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus):
+    inputs = (x, dt, A, B, C, D, z, dt_bias, state)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs if t is not None]
+
+
+def _scan_setup(ctx, inputs, output):
+    *tensors, ctx.dt_softplus, save = inputs
+    ctx.save = save
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
+    if torch.is_grad_enabled() and _transform() is None:
+        _, *tensors, seq_idx = ctx.saved_tensors
+        grads = differentiable_gradients(
+            lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
+                *(x, dt, A, B, C, D, z),
+                dt_bias=dt_bias,
+                dt_softplus=ctx.dt_softplus,
+                state=state,
+                seq_idx=seq_idx,
+            ),
+            tensors,
+            ctx.needs_input_grad[:9],
+            (grad_y, grad_last),
+        )
+        return (*grads, None, None, None)
+    if not ctx.save:
+        raise RuntimeError("cpu_selective_scan ran without save=True: no gradient")
+    starts, *tensors = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(tensors[0])
+    grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, ctx.dt_softplus))
+    return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None)
+
+
+_call_scan = _differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
+# Gradients of weights are sums over the batch: folding would add up what vmap keeps apart.
+_call_scan_backward = _differentiable(_scan_backward, _nothing, _never_twice, kind=list)
+
+
+@custom_op("mambapy::cpu_causal_conv1d", mutates_args=())
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    return conv1d.forward(x, weight, bias, activation=silu, state=state, seq_idx=seq_idx)
+
+
+@_conv.register_fake
+def _(x, weight, bias, state, seq_idx, silu):
+    return x.new_empty(x.shape)
+
+
+@custom_op("mambapy::cpu_causal_conv1d_backward", mutates_args=())
+def _conv_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> List[Tensor]:
+    grads = conv1d.backward(grad_y, x, weight, bias, state, seq_idx, silu)
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+@_conv_backward.register_fake
+def _(grad_y, x, weight, bias, state, seq_idx, silu):
+    inputs = (x, weight, bias, state)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs if t is not None]
+
+
+def _conv_setup(ctx, inputs, output):
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_gradient(ctx, grad_y):
+    tensors = ctx.saved_tensors
+    if torch.is_grad_enabled() and _transform() is None:
+        *tensors, seq_idx = tensors
+        grads = differentiable_gradients(
+            lambda x, weight, bias, state: reference.causal_conv1d(
+                *(x, weight, bias),
+                activation="silu" if ctx.silu else None,
+                state=state,
+                seq_idx=seq_idx,
+            ),
+            tensors,
+            ctx.needs_input_grad[:4],
+            (grad_y,),
+        )
+        return (*grads, None, None)
+    grads = iter(_call_conv_backward(grad_y, *tensors, ctx.silu))
+    return (*[None if t is None else next(grads) for t in tensors[:4]], None, None)
+
+
+_call_conv = _differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
+_call_conv_backward = _differentiable(_conv_backward, _nothing, _never_twice, kind=list)
+
+
+@custom_op("mambapy::cpu_rms_norm", mutates_args=())
+def _norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    y, s = norm.forward(x, weight, residual, eps)
+    return y, x.new_empty(0) if s is None else s
+
+
+@_norm.register_fake
+def _(x, weight, residual, eps):
+    s = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    return x.new_empty(x.shape), s
+
+
+@custom_op("mambapy::cpu_rms_norm_backward", mutates_args=())
+def _norm_backward(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return norm.backward(grad_y, grad_s, s, weight, eps, s.dtype)
+
+
+@_norm_backward.register_fake
+def _(grad_y, grad_s, s, weight, eps):
+    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output):
+    x, weight, residual, ctx.eps = inputs
+    ctx.fused, ctx.dtype = residual is not None, x.dtype
+    ctx.save_for_backward(output[1] if ctx.fused else x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradient(ctx, grad_y, grad_s):
+    s, weight = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(s)
+    if torch.is_grad_enabled() and _transform() is None and not ctx.fused:
+        grads = differentiable_gradients(
+            lambda x, weight: reference.rms_norm(x, weight, ctx.eps),
+            (s, weight),
+            ctx.needs_input_grad[:2],
+            (grad_y,),
+        )
+        return (*grads, None, None)
+    grad, grad_weight = _call_norm_backward(
+        grad_y, grad_s if ctx.fused else None, s, weight, ctx.eps
+    )
+    return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None
+
+
+_call_norm = _differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
+_call_norm_backward = _differentiable(_norm_backward, _nothing, _never_twice)
+
+
+def cpu_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan.forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
+    tensors = (x, dt, A, B, C, D, z, dt_bias, state)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if save or torch.compiler.is_compiling() or _transform() is not None:
+        # Inside torch.func a tensor that is differentiated may not say so here.
+        save = save or not torch.compiler.is_compiling()
+        y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save)
+        return y, last
+    y, last, _ = selective_scan.forward(
+        x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx
+    )
+    return y, last
+
+
+def cpu_causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor:
+    """`conv1d.forward` with autograd; `activation` is None or "silu"; the state after it:
+    `conv1d.next_state`."""
+    return _call_conv(x, weight, bias, state, seq_idx, activation == "silu")
+
+
+def cpu_rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor | None]:
+    """`norm.forward` with autograd: y, and x + residual (None without a residual)."""
+    y, s = _call_norm(x, weight, residual, eps)
+    return y, None if residual is None else s
