@@ -135,7 +135,9 @@ def info(args: argparse.Namespace) -> None:
     from mambapy import ops
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts = {
+    devices = ["cpu", *(["cuda"] if cuda else [])]
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    facts: dict[str, Any] = {
         "mambapy": mambapy.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -143,21 +145,21 @@ def info(args: argparse.Namespace) -> None:
         "cuda": cuda,
         "mps": torch.backends.mps.is_available(),
         "threads": torch.get_num_threads(),
-        "backends": ops.backends_info(),
+        "backends": {device: ops.backends_info(device) for device in devices},
     }
     if args.json:
         print(json.dumps(facts))
         return
     for name in ("mambapy", "python", "torch", "system", "threads"):
         print(f"{name:9}{facts[name]}")
-    devices = ["cpu", *(f"cuda:{i} ({name})" for i, name in enumerate(cuda))]
-    print(f"{'devices':9}{', '.join([*devices, *(['mps'] if facts['mps'] else [])])}")
-    print("\nbackends, in the order in which auto tries them (* is its choice here):")
-    for row in ops.backends_info():
-        mark = "*" if row["chosen"] else " "
-        usable = "usable" if row["usable"] else "not usable"
-        reason = f": {row['reason']}" if row["reason"] else ""
-        print(f"{mark} {row['op']:16}{row['backend']:11}{usable}{reason}")
+    names = [f"{name} (cuda:{i})" for i, name in enumerate(cuda)]
+    print(f"{'devices':9}{', '.join([*devices, *names])}")
+    for device, rows in facts["backends"].items():
+        print(f"\nbackends on {device}, in the order in which auto tries them (* is its choice):")
+        for row in rows:
+            mark = "*" if row["chosen"] else " "
+            usable = "usable" if row["usable"] else f"not usable: {row['reason']}"
+            print(f"{mark} {row['op']:16}{row['backend']:11}{usable}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,8 +10,8 @@ Who calls whom:
 The state has a fixed size, so a token costs the same after ten tokens as after ten thousand.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +88,7 @@ def generate(
     ids, mask = pad_right(rows, _device(model))
     eos = tokenizer.eos_token_id
     texts = [_Text(tokenizer, row, stops) for row in rows]
-    for token in stream_tokens(
+    tokens = stream_tokens(
         model,
         ids,
         mask=mask,
@@ -99,11 +99,13 @@ def generate(
         temperature=temperature,
         eos=eos,
         seed=seed,
-    ):
-        for text, value in zip(texts, token.tolist(), strict=True):
-            text.add(value, eos)
-        if all(text.done for text in texts):
-            break
+    )
+    with closing(tokens):
+        for token in tokens:
+            for text, value in zip(texts, token.tolist(), strict=True):
+                text.add(value, eos)
+            if all(text.done for text in texts):
+                break
     results = [prompts[i // batch_size] + text.finish() for i, text in enumerate(texts)]
     return results[0] if isinstance(prompt, str) and batch_size == 1 else results
 
@@ -133,7 +135,7 @@ def stream_text(
     ids, _ = pad_right([row], _device(model))
     eos = tokenizer.eos_token_id
     text = _Text(tokenizer, row, _stops(stop))
-    for token in stream_tokens(
+    tokens = stream_tokens(
         model,
         ids,
         num_tokens=num_tokens,
@@ -143,12 +145,15 @@ def stream_text(
         temperature=temperature,
         eos=eos,
         seed=seed,
-    ):
-        text.add(int(token[0]), eos)
-        if piece := text.take():
-            yield piece
-        if text.done:
-            break
+    )
+    # Whoever stops listening gets the model back in its mode at once.
+    with closing(tokens):
+        for token in tokens:
+            text.add(int(token[0]), eos)
+            if piece := text.take():
+                yield piece
+            if text.done:
+                break
     text.finish()
     if piece := text.take():
         yield piece
@@ -171,7 +176,7 @@ def stream_tokens(
     temperature: float = 1.0,
     eos: int | None = None,
     seed: int | None = None,
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Continue token ids, one token at a time.
 
     Args:

@@ -276,6 +276,6 @@ def test_info(capsys: Any) -> None:
     facts = json.loads(capsys.readouterr().out)
     assert facts["threads"] >= 1
     assert os.uname().machine in facts["system"]
-    rows = [row for row in facts["backends"] if row["op"] == "selective_scan"]
+    rows = [row for row in facts["backends"]["cpu"] if row["op"] == "selective_scan"]
     assert sum(row["chosen"] for row in rows) == 1
     assert all(row["reason"] for row in rows if not row["usable"])

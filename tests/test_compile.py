@@ -6,6 +6,9 @@ import torch
 from mambapy.lm import LM
 from tests.helpers import assert_near, tiny
 
+# torch's own, on the way into its compiler.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 LENGTHS = (5, 9, 17, 70, 130)
 
 
@@ -68,7 +71,7 @@ def test_masks_and_documents_compile_whole():  # trap 27
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore")
 def test_inductor_trains():
     model = LM(tiny(), 21)
     compiled = torch.compile(model, fullgraph=True)

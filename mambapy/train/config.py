@@ -53,14 +53,14 @@ class TrainConfig:
     tokenizer: str = _setting("byte", '"byte" or the path of a tokenizer.json', fixed=True)
 
     model: str = _setting("mamba", "architecture", choices=("mamba",), fixed=True)
-    d_model: int = _setting(128, "width of the residual stream", least=1, fixed=True)
+    d_model: int = _setting(192, "width of the residual stream", least=1, fixed=True)
     n_layers: int = _setting(4, "number of blocks", least=1, fixed=True)
-    d_state: int = _setting(8, "state size of each channel", least=1, most=256, fixed=True)
+    d_state: int = _setting(16, "state size of each channel", least=1, most=256, fixed=True)
     expand: float = _setting(2.0, "inner width / d_model", above=0, fixed=True)
     d_conv: int = _setting(4, "width of the causal convolution, tokens", least=1, fixed=True)
     tie_embeddings: bool = _setting(True, "share the head's weight with the embedding", fixed=True)
 
-    batch_size: int = _setting(4, "sequences in one forward pass", least=1)
+    batch_size: int = _setting(8, "sequences in one forward pass", least=1)
     length: int = _setting(256, "tokens in a sequence", least=1)
     accumulate: int = _setting(1, "forward passes in one step", least=1)
     steps: int | None = _setting(None, "optimiser steps of the whole run", least=1)

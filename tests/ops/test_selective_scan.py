@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from mambapy import ops
 from mambapy.errors import BackendError, ShapeError
 from mambapy.ops import official
+from mambapy.ops.cpu import backend as cpu
 from tests.helpers import assert_near, outputs_and_grads, scan_args
 
 BACKENDS = ["pscan", "chunked", "cpu"]
@@ -312,6 +313,16 @@ def test_official_adapter_converts_the_layout(monkeypatch):
     expected = run("reference")(**args)
     assert_near(y, expected[0], 1e-6)
     assert_near(last, expected[1], 1e-6)
+
+
+def test_cpu_refuses_what_it_cannot_do(monkeypatch):
+    args = scan_args(full=False)
+    elsewhere = {k: v.to("meta") for k, v in args.items()}
+    assert "needs CPU tensors" in cpu.refuses(**elsewhere)
+    monkeypatch.setattr(cpu, "HAS_NUMBA", False)
+    assert "numba is not installed" in cpu.refuses(**args)
+    verdicts = ops.explain("selective_scan", **args)
+    assert [v.backend for v in verdicts if v.chosen] == ["chunked"]
 
 
 def test_official_adapter_refuses_what_it_cannot_do(monkeypatch):

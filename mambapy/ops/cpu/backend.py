@@ -1,5 +1,6 @@
 """The backend `cpu` of the ops. Numba is imported when the first kernel is needed."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -7,9 +8,14 @@ from torch import Tensor
 
 from mambapy.ops.reference import wide_dtype
 
+# A dependency of the package, but it follows new versions of Python some months behind.
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
 
 def refuses(x: Tensor, *_: Any, **__: Any) -> str | None:
     """Why the kernels cannot run a call on x, or None."""
+    if not HAS_NUMBA:
+        return "numba is not installed"
     return None if x.device.type == "cpu" else f"it needs CPU tensors, x is on {x.device.type}"
 
 
