@@ -262,11 +262,26 @@ class MambaBlock(Mixer):
         """Run one token of each sequence, (b, d) -> (b, d)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
         x, conv = ops.causal_conv1d_step(
-            x, self.conv1d.weight[:, 0], self.conv1d.bias, state=state.conv, activation="silu"
+            x,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            state=state.conv,
+            activation="silu",
+            backend=self._plain_backend,
         )
         dt, dt_bias, B, C = self._select(x)
         y, ssm = ops.selective_scan_step(
-            x, dt, self._A(), B, C, self.D, z, state=state.ssm, dt_bias=dt_bias, dt_softplus=True
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            self.D,
+            z,
+            state=state.ssm,
+            dt_bias=dt_bias,
+            dt_softplus=True,
+            backend=self._plain_backend,
         )
         return self.out_proj(y), SSMState(conv, ssm)
 
@@ -305,7 +320,7 @@ class MambaBlock(Mixer):
             activation="silu",
             state=None if state is None else state.conv,
             seq_idx=ragged.seq_idx,
-            backend="reference" if self.config.backend == "reference" else "auto",
+            backend=self._plain_backend,
         )
         dt, dt_bias, B, C = self._select(x)
         y, ssm = ops.selective_scan(
@@ -331,6 +346,11 @@ class MambaBlock(Mixer):
         low, B, C = self.x_proj(x).split([R, n, n], dim=-1)  # (..., R), (..., n), (..., n)
         dt, dt_bias = DtProjection.parts(self.dt_proj, low)  # (..., e)
         return dt, dt_bias, B, C
+
+    @property
+    def _plain_backend(self) -> str:
+        """The backend of what is not the scan: the definition where that is asked for."""
+        return "reference" if self.config.backend == "reference" else "auto"
 
     def _A(self) -> Tensor:  # noqa: N802 (the papers' letter)
         """A (e, n), below zero whatever A_log is."""

@@ -67,6 +67,7 @@ def causal_conv1d_step(
     *,
     state: Tensor,
     activation: str | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One step of `causal_conv1d`.
 
@@ -76,6 +77,7 @@ def causal_conv1d_step(
         bias: (e) or None.
         state: (b, k-1, e) the inputs before this one; it is not written to.
         activation: "silu" or None.
+        backend: "auto", "cpu" (where no gradient is needed) or "reference".
 
     Returns:
         y (b, e) in x's dtype, and the state after the step (b, k-1, e).
@@ -84,15 +86,10 @@ def causal_conv1d_step(
         ShapeError: a shape, dtype or device does not fit.
     """
     _check(x.unsqueeze(1), weight, bias, activation, state, None)
+    options = {"state": state, "activation": activation}
+    run = dispatch.pick("causal_conv1d_step", STEP_BACKENDS, backend, x, weight, bias, **options)
     with dispatch.without_autocast(x):
-        window = torch.cat((state, x[:, None].to(state.dtype)), dim=1)  # (b, k, e)
-        wide = reference.wide_dtype(x, weight, state)
-        y = torch.einsum("bke,ek->be", window.to(wide), weight.to(wide))
-        if bias is not None:
-            y = y + bias.to(wide)
-        if activation == "silu":
-            y = torch.nn.functional.silu(y)
-    return y.to(x.dtype), window[:, 1:]
+        return run(x, weight, bias, **options)
 
 
 def conv_state(
@@ -172,5 +169,13 @@ BACKENDS = dispatch.register(
         dispatch.Backend("cpu", cpu.causal_conv1d, cpu.refuses),
         dispatch.Backend("official", official.causal_conv1d, official.refuses_conv),
         dispatch.Backend("reference", reference.causal_conv1d),
+    ],
+)
+
+STEP_BACKENDS = dispatch.register(
+    "causal_conv1d_step",
+    [
+        dispatch.Backend("cpu", cpu.causal_conv1d_step, cpu.refuses_step),
+        dispatch.Backend("reference", reference.causal_conv1d_step),
     ],
 )

@@ -167,6 +167,25 @@ def causal_conv1d(
     return y.to(x.dtype)
 
 
+def causal_conv1d_step(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `causal_conv1d`: x (b, e), state (b, k-1, e) -> y (b, e) and the new state."""
+    window = torch.cat((state, x[:, None].to(state.dtype)), dim=1)  # (b, k, e)
+    wide = wide_dtype(x, weight, state)
+    y = torch.einsum("bke,ek->be", window.to(wide), weight.to(wide))
+    if bias is not None:
+        y = y + bias.to(wide)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype), window[:, 1:]
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension, in x's dtype.
 

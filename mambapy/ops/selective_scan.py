@@ -90,6 +90,7 @@ def selective_scan_step(
     state: Tensor,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One step of `selective_scan`.
 
@@ -104,6 +105,7 @@ def selective_scan_step(
         state: (b, e, n) h before the step; it is not written to.
         dt_bias: (e) or None.
         dt_softplus: whether dt is passed through softplus.
+        backend: "auto", "cpu" (where no gradient is needed) or "reference".
 
     Returns:
         y (b, e) in x's dtype, and the state after the step (b, e, n).
@@ -116,10 +118,12 @@ def selective_scan_step(
     if x1 is None or dt1 is None or B1 is None or C1 is None:
         raise ShapeError("selective_scan_step needs x, dt, B and C")
     _check(x1, dt1, A, B1, C1, D, z1, dt_bias, state, None)
+    options = {"state": state, "dt_bias": dt_bias, "dt_softplus": dt_softplus}
+    run = dispatch.pick(
+        "selective_scan_step", STEP_BACKENDS, backend, x, dt, A, B, C, D, z, **options
+    )
     with dispatch.without_autocast(x):
-        return reference.selective_scan_step(
-            x, dt, A, B, C, D, z, state=state, dt_bias=dt_bias, dt_softplus=dt_softplus
-        )
+        return run(x, dt, A, B, C, D, z, **options)
 
 
 def _pscan(
@@ -215,5 +219,13 @@ BACKENDS = dispatch.register(
         dispatch.Backend("chunked", chunked.selective_scan),
         dispatch.Backend("pscan", _pscan),
         dispatch.Backend("reference", reference.selective_scan),
+    ],
+)
+
+STEP_BACKENDS = dispatch.register(
+    "selective_scan_step",
+    [
+        dispatch.Backend("cpu", cpu.selective_scan_step, cpu.refuses_step),
+        dispatch.Backend("reference", reference.selective_scan_step),
     ],
 )

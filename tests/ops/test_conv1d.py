@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,7 @@ def test_official_adapter_converts_the_layout(monkeypatch):
             y = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation=activation)
             return y.transpose(1, 2)
 
-    monkeypatch.setattr(official.importlib, "import_module", lambda _: Interface)
+    stand_in = SimpleNamespace(import_module=lambda _: Interface)
+    monkeypatch.setattr(official, "importlib", stand_in)
     found = official.causal_conv1d(**args, activation="silu")
     assert_near(found, ops.causal_conv1d(**args, activation="silu"), 1e-6)

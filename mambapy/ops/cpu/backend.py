@@ -51,3 +51,37 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from mambapy.ops.cpu import torch_ops
 
     return torch_ops.cpu_rms_norm(x, weight, None, eps)[0]
+
+
+def refuses_step(x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:
+    """Why the kernels cannot run a step, or None. They are no operators: nothing sees through."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.compile and torch.func cannot see through it"
+    given = [T for T in (x, *tensors, *options.values()) if isinstance(T, Tensor)]
+    if torch.is_grad_enabled() and any(T.requires_grad for T in given):
+        return "it has no gradient"
+    return refuses(x)
+
+
+def selective_scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ops.selective_scan_step` in one pass."""
+    from mambapy.ops.cpu import step
+
+    wide = wide_dtype(x, dt, A, B, C, options["state"])
+    run_in = wide if wide == torch.float64 else x.dtype
+    y, state = step.selective_scan_step(x.to(run_in), dt, A, B, C, *optional, **options)
+    return y.to(x.dtype), state
+
+
+def causal_conv1d_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, state: Tensor, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """`ops.causal_conv1d_step` in one pass."""
+    from mambapy.ops.cpu import step
+
+    wide = wide_dtype(x, weight, state)
+    run_in = wide if wide == torch.float64 else x.dtype
+    y, state = step.conv1d_step(x.to(run_in), state, weight, bias, activation == "silu")
+    return y.to(x.dtype), state
