@@ -1,5 +1,6 @@
 """README's Python blocks run as printed, one after the other; its commands exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_make_targets_exist():
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_demo_figures_are_the_recorded_ones():
+    record = json.loads((README.parent / "benchmarks/results/demo.json").read_text())["result"]
+    assert f"**{record['final_bpb']:.3f} bits for a byte**" in TEXT
+    assert f"needs {record['xz_bpb']:.3f}" in TEXT
+    assert f"{record['parameters'] / 1e6:.2f} million parameters" in TEXT
+    assert f"{record['tokens'] / 1e6:.1f} MB" in TEXT
 
 
 def test_files_it_links_to_exist():
