@@ -88,7 +88,7 @@ class MambaConfig:
         for name in ("bias", "conv_bias", "residual_in_fp32", "rescale_out_proj"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
-        if self.expand * self.d_model != int(self.expand * self.d_model):
+        if abs(self.expand * self.d_model - self.d_inner) > 1e-6:
             raise ConfigError(
                 f"expand={self.expand} times d_model={self.d_model} must be a whole number"
             )
@@ -100,7 +100,7 @@ class MambaConfig:
     @property
     def d_inner(self) -> int:
         """E, the number of channels inside a block: expand * d_model."""
-        return int(self.expand * self.d_model)
+        return round(self.expand * self.d_model)
 
     @property
     def rank(self) -> int:

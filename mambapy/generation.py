@@ -79,12 +79,14 @@ def generate(
         ConfigError: an option is out of its range.
         DataError: a prompt is empty, or the tokenizer gives ids that the model does not have.
     """
-    _check_sampling(num_tokens, top_k, top_p, temperature)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be >= 1")
+    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r} must be an integer >= 1")
+    if not isinstance(prompt, str | list | tuple) or not prompt:
+        raise DataError("the prompt is empty; give it a text, or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     stops = _stops(stop)
-    rows = [_encode(tokenizer, text) for text in prompts for _ in range(batch_size)]
+    rows = [_encode(model, tokenizer, text) for text in prompts for _ in range(batch_size)]
     ids, mask = pad_right(rows, _device(model))
     eos = tokenizer.eos_token_id
     texts = [_Text(tokenizer, row, stops) for row in rows]
@@ -130,8 +132,8 @@ def stream_text(
     Yields:
         The text after the prompt, as it comes.
     """
-    _check_sampling(num_tokens, top_k, top_p, temperature)
-    row = _encode(tokenizer, prompt)
+    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
+    row = _encode(model, tokenizer, prompt)
     ids, _ = pad_right([row], _device(model))
     eos = tokenizer.eos_token_id
     text = _Text(tokenizer, row, _stops(stop))
@@ -198,7 +200,7 @@ def stream_tokens(
         ConfigError: an option is out of its range.
         ShapeError: ids or mask do not fit, or a row of the mask has no real token.
     """
-    _check_sampling(num_tokens, top_k, top_p, temperature)
+    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
     if mask is not None and not bool(mask.any(dim=1).all()):
         raise ShapeError("every row of mask needs at least one real token")
     greedy = not sample or temperature == 0
@@ -342,32 +344,41 @@ def _noise(b: int, num_tokens: int, seed: int | None) -> Tensor:
     return torch.stack([torch.rand(num_tokens, generator=row) for row in rows])
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A prompt's token ids, at least one."""
+def _encode(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's token ids, at least one, all of them known to the model."""
     if not isinstance(prompt, str):
         raise DataError(f"a prompt must be a text, got {type(prompt).__name__}")
     ids = [int(i) for i in tokenizer(prompt)["input_ids"]]
     if not ids:
         raise DataError("the prompt is empty; give it at least one character")
+    if max(ids) >= model.vocab_size:
+        raise DataError(
+            f"the tokenizer gives id {max(ids)}, the model has {model.vocab_size} tokens; "
+            "it was trained with another tokenizer"
+        )
     return ids
 
 
 def _stops(stop: str | Sequence[str] | None) -> list[str]:
     """The stop strings as a list."""
     stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if not all(isinstance(each, str) for each in stops):
+        raise ConfigError(f"stop={stop!r} must be a string, or several")
     if "" in stops:
         raise ConfigError("an empty stop string would end every text at once")
     return stops
 
 
 def _check_sampling(
-    num_tokens: int, top_k: int | None, top_p: float | None, temperature: float
+    num_tokens: int, top_k: int | None, top_p: float | None, temperature: float, seed: int | None
 ) -> None:
     """Raise unless every option is in its range."""
-    if num_tokens < 1:
-        raise ConfigError(f"num_tokens={num_tokens} must be >= 1")
-    if top_k is not None and top_k < 0:
-        raise ConfigError(f"top_k={top_k} must be >= 1, or 0 or None for all tokens")
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        raise ConfigError(f"num_tokens={num_tokens!r} must be an integer >= 1")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
+        raise ConfigError(f"top_k={top_k!r} must be an integer >= 1, or 0 or None for all tokens")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        raise ConfigError(f"seed={seed!r} must be an integer from 0 to 2^63 - 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} must be above 0 and at most 1")
     if not 0 <= temperature < float("inf"):

@@ -40,6 +40,11 @@ class WideParameters(nn.Module):
         return self
 
 
+def widen(T: Tensor) -> Tensor:
+    """T in float32 or wider."""
+    return T.to(torch.promote_types(T.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learnable scale, calculated in float32 or wider.
 
@@ -76,6 +81,7 @@ class DtProjection(WideParameters, nn.Linear):
         # nn.Linear initialises itself, which needs these.
         self.init, self.scale = init, scale
         super().__init__(rank, d_inner)
+        self.bias = nn.Parameter(widen(self.bias.detach()))
 
     def reset_parameters(self) -> None:
         """The weight; the bias belongs to the block, which knows the range of dt."""

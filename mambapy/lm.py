@@ -16,6 +16,7 @@ from mambapy.config import MambaConfig
 from mambapy.errors import CheckpointError, ConfigError, ShapeError
 from mambapy.layers import RMSNorm
 from mambapy.mamba import Mamba
+from mambapy.ops.dispatch import is_traced
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState
 from mambapy.tokenizer import Tokenizer
@@ -258,19 +259,22 @@ class LM(nn.Module):
     ) -> Ragged:
         """Check the tokens and lay out their rows."""
         shape = "(b, l)" if dims == 2 else "(b,)"
+        if not isinstance(tokens, Tensor):
+            raise ShapeError(f"tokens must be a tensor {shape}, got {type(tokens).__name__}")
         if tokens.dim() != dims or 0 in tokens.shape:
             raise ShapeError(f"tokens must be {shape}, not empty, got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"tokens must be int64 or int32, got {tokens.dtype}")
+        ragged = Ragged.of(tokens, mask, seq_idx) if dims == 2 else Ragged()
         # Reading values back would stall a GPU, and stop torch.compile.
-        if tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            real = tokens if mask is None or mask.shape != tokens.shape else tokens[mask]
-            if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < self.vocab_size:
+        if tokens.device.type == "cpu" and not is_traced():
+            # Padding may hold anything; packed, it is zero.
+            low, high = (int(bound) for bound in ragged.pack(tokens).aminmax())
+            if low < 0 or high >= self.vocab_size:
                 raise ShapeError(
-                    f"tokens must be in [0, vocab_size = {self.vocab_size}), "
-                    f"got {int(real.min())} to {int(real.max())}"
+                    f"tokens must be in [0, vocab_size = {self.vocab_size}), got {low} to {high}"
                 )
-        return Ragged.of(tokens, mask, seq_idx) if dims == 2 else Ragged()
+        return ragged
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """The start of the residual stream, (..., d)."""

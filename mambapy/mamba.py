@@ -29,7 +29,7 @@ from mambapy import ops
 from mambapy.config import MambaConfig
 from mambapy.errors import ShapeError
 from mambapy.init import init_A_log, rescale_residual
-from mambapy.layers import DtProjection, Mixer, ResidualBlock
+from mambapy.layers import DtProjection, Mixer, ResidualBlock, widen
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState, SSMState
 
@@ -186,6 +186,8 @@ class Mamba(nn.Module):
         """Raise unless x is (b, l, d) or (b, d), floating point, not empty."""
         d = self.config.d_model
         shape = "(b, l, d)" if dims == 3 else "(b, d)"
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"x must be a tensor {shape}, got {type(x).__name__}")
         if x.dim() != dims or x.shape[-1] != d or 0 in x.shape:
             raise ShapeError(f"x must be {shape} with d = {d} and no size 0, got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -197,6 +199,10 @@ class Mamba(nn.Module):
             raise ShapeError(f"the state is not one of a model with {len(self.layers)} layers")
         for i, (layer, layer_state) in enumerate(zip(self.layers, state.layers, strict=True)):
             layer.mixer.check_state(layer_state, batch_size, f"layer {i}'s state")
+        if state.seq_idx.shape != (batch_size,):
+            raise ShapeError(
+                f"the state's seq_idx must be ({batch_size},), got {tuple(state.seq_idx.shape)}"
+            )
 
 
 class MambaBlock(Mixer):
@@ -218,8 +224,8 @@ class MambaBlock(Mixer):
         self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, R + 2 * n, bias=False)
         self.dt_proj = DtProjection(R, e, config.dt_init, config.dt_scale)
-        self.A_log = nn.Parameter(torch.empty(e, n))
-        self.D = nn.Parameter(torch.empty(e))
+        self.A_log = nn.Parameter(widen(torch.empty(e, n)))
+        self.D = nn.Parameter(widen(torch.empty(e)))
         self.out_proj = nn.Linear(e, d, bias=config.bias)
         self._reset_own_parameters()
 
@@ -288,9 +294,8 @@ class MambaBlock(Mixer):
     def init_state(self, batch_size: int) -> SSMState:
         """The state before the first token: zeros, float32 or wider."""
         e, n, k = self.config.d_inner, self.config.d_state, self.config.d_conv
-        return SSMState(
-            self.A_log.new_zeros(batch_size, k - 1, e), self.A_log.new_zeros(batch_size, e, n)
-        )
+        like = widen(self.A_log)
+        return SSMState(like.new_zeros(batch_size, k - 1, e), like.new_zeros(batch_size, e, n))
 
     def check_state(self, state: SSMState, batch_size: int, name: str) -> None:
         """Raise a ShapeError unless the state is one of this block, for that batch."""
@@ -299,7 +304,7 @@ class MambaBlock(Mixer):
             raise ShapeError(f"{name} must be an SSMState, got {type(state).__name__}")
         expected = {"conv": (batch_size, k - 1, e), "ssm": (batch_size, e, n)}
         for field, shape in expected.items():
-            T, like = getattr(state, field), self.A_log
+            T, like = getattr(state, field), widen(self.A_log)
             if T.shape != shape:
                 raise ShapeError(f"{name}: {field} must be {shape}, got {tuple(T.shape)}")
             if T.dtype != like.dtype or T.device != like.device:

@@ -59,6 +59,8 @@ def test_derived_sizes():
     assert MambaConfig(d_model=100, n_layers=1).rank == 7
     assert MambaConfig(d_model=100, n_layers=1, dt_rank=5).rank == 5
     assert MambaConfig(d_model=100, n_layers=1, expand=2.5).d_inner == 250
+    # 1.1 * 100 is 110.00000000000001 in floating point.
+    assert MambaConfig(d_model=100, n_layers=1, expand=1.1).d_inner == 110
 
 
 def test_the_originals_flags():

@@ -165,6 +165,10 @@ def test_mode_is_restored(model, tokenizer, training):  # trap 61
         {"temperature": float("nan")},
         {"batch_size": 0},
         {"stop": ""},
+        {"num_tokens": 2.5},
+        {"top_k": 2.5},
+        {"seed": -1},
+        {"seed": 1.5},
     ],
 )
 def test_bad_options(model, tokenizer, options):
@@ -177,6 +181,13 @@ def test_bad_prompts(model, tokenizer):
         model.generate(tokenizer, "")
     with pytest.raises(DataError, match="must be a text"):
         model.generate(tokenizer, [3])
+    for nothing in ([], None):
+        with pytest.raises(DataError, match="the prompt is empty"):
+            model.generate(tokenizer, nothing)
+    with pytest.raises(ConfigError, match=r"stop=\[1\]"):
+        model.generate(tokenizer, "abc", stop=[1])
+    with pytest.raises(DataError, match="trained with another tokenizer"):
+        LM(tiny(), 20).generate(tokenizer, "abc")
     with pytest.raises(TypeError, match="topk"):
         model.generate(tokenizer, "abc", topk=3)
     mask = torch.tensor([[True], [False]])

@@ -115,6 +115,7 @@ def test_packed_documents():
         (torch.tensor([[1, 21]]), "got 1 to 21"),
         (torch.tensor([[-1, 2]]), "got -1 to 2"),
         (torch.tensor([1, 2]), "must be"),
+        ([[1, 2]], "must be a tensor"),
         (torch.zeros(2, 0, dtype=torch.int64), "not empty"),
         (torch.zeros(2, 3), "int64"),
     ],
@@ -125,6 +126,27 @@ def test_bad_tokens(tokens, words):
         model(tokens)
     with pytest.raises(ShapeError, match=words):
         model.prefill(tokens)
+
+
+def test_padding_by_document_number_may_hold_anything():
+    model = make()
+    tokens, seq_idx = torch.tensor([[1, -100, 2]]), torch.tensor([[0, -1, 0]])
+    assert_near(model(tokens, seq_idx=seq_idx)[:, [0, 2]], model(tokens[:, [0, 2]]), 1e-6)
+
+
+def test_per_sample_gradients_by_vmap():
+    model = make()
+    names = dict(model.named_parameters())
+    tokens = torch.randint(21, (3, 5))
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row[None],)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(names, tokens)
+    for i in range(3):
+        expected = torch.autograd.grad(loss(names, tokens[i]), list(names.values()))
+        for got, want in zip(grads.values(), expected, strict=True):
+            assert_near(got[i], want, 1e-5)
 
 
 def test_bad_steps_and_keywords():

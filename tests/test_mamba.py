@@ -171,6 +171,19 @@ def test_gradients_through_the_state():
     assert not torch.allclose(cut["layers.0.mixer.A_log"], whole["layers.0.mixer.A_log"])
 
 
+@pytest.mark.parametrize("backend", ["pscan", "chunked", "cpu"])
+def test_second_derivatives_of_a_model(backend):
+    model = make(backend=backend, n_layers=1)
+    x = torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True)
+    plain = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    again = torch.autograd.grad(
+        model(x).square().sum(), [x, *model.parameters()], create_graph=True
+    )
+    for got, want in zip(again, plain, strict=True):
+        assert_near(got, want, 1e-11)
+    assert torch.autograd.gradgradcheck(model, (x,))
+
+
 def test_gradient_of_the_initial_state():
     model = make(n_layers=1)
     x = torch.randn(1, 3, 8, dtype=torch.float64)
@@ -396,6 +409,7 @@ def test_training_memory_of_a_block():  # trap 48
 @pytest.mark.parametrize(
     "x",
     [
+        [[1.0] * 8],
         torch.zeros(2, 8),
         torch.zeros(2, 3, 7),
         torch.zeros(2, 0, 8),  # trap 47
@@ -431,12 +445,31 @@ def test_a_foreign_state_is_refused():  # traps 35, 39
         "dtype": model.init_state(2).to(dtype=torch.float64),
         "device": model.init_state(2).to("meta"),
         "kind": "a state",
+        "seq_idx": dataclasses.replace(model.init_state(2), seq_idx=torch.zeros(7).long()),
     }
     for state in other.values():
         with pytest.raises(ShapeError, match=r"state"):
             model.prefill(x, state)
         with pytest.raises(ShapeError, match=r"state"):
             model.step(x[:, 0], state)
+
+
+def test_bfloat16_by_default_keeps_wide_states():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model, x = Mamba(tiny()), torch.randn(1, 4, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.layers[0].mixer.A_log.dtype == torch.float32
+    assert model.layers[0].mixer.dt_proj.bias.dtype == torch.float32
+    y, state = model.prefill(x)
+    y2, _ = model.prefill(x, state)
+    assert y.dtype == y2.dtype == torch.bfloat16
+    # A checkpoint may hold A_log in bfloat16; states are float32 all the same.
+    model.load_state_dict({k: v.bfloat16() for k, v in model.state_dict().items()}, assign=True)
+    _, state = model.prefill(x)
+    assert state.layers[0].ssm.dtype == torch.float32
+    model.step(x[:, 0], state)
 
 
 def test_shapes_on_the_meta_device():

@@ -54,6 +54,11 @@ def register(op: str, backends: Sequence[Backend]) -> tuple[Backend, ...]:
     return _REGISTRY[op]
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or torch.func runs this: tensors then have no values to look at."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def pick(
     op: str, backends: tuple[Backend, ...], wanted: str, *args: Any, **kwargs: Any
 ) -> Callable[..., Any]:

@@ -218,6 +218,9 @@ def differentiable_gradients(
     Returns:
         A gradient for each tensor; None where none is needed.
     """
+    # In a model some arguments are functions of others: dt of x. As views, each stands for itself,
+    # and the paths between them are left to autograd, which goes along them anyway.
+    tensors = [None if T is None else T.view_as(T) for T in tensors]
     results = function(*tensors)
     results = results if isinstance(results, tuple) else (results,)
     pairs = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if g is not None]

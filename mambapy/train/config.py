@@ -156,7 +156,8 @@ class TrainConfig:
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                values = {key.replace("-", "_"): value for key, value in given.items()}
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

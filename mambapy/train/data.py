@@ -135,7 +135,7 @@ def split(texts: Sequence[Text], name: str) -> list[Part]:
     room = min(int(total * HELD_OUT_SHARE), HELD_OUT_BYTES)
     held_out: set[str] = set()
     left = room
-    for text in sorted(texts, key=lambda t: hashlib.sha256(t.relative.encode()).digest()):
+    for text in sorted(texts, key=lambda t: hashlib.sha256(os.fsencode(t.relative)).digest()):
         if text.size <= left:
             held_out.add(text.relative)
             left -= text.size

@@ -53,7 +53,7 @@ def train(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the run was saved after a whole step.
     """
     folder = Path(config.out)
-    payload = _open_folder(folder, resume=resume, overwrite=overwrite)
+    payload = _open_folder(config, resume=resume, overwrite=overwrite)
     if config.plot == "always":
         report.require_matplotlib()
     if config.threads:
@@ -77,8 +77,11 @@ def train(
         log.close()
 
 
-def _open_folder(folder: Path, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _open_folder(config: TrainConfig, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """Find out, before any work, whether the folder can be used; what to resume from, if asked."""
+    folder = Path(config.out)
+    if config.data and Path(config.data).resolve() == folder.resolve():
+        raise ConfigError(f"out={config.out!r} is the data's own folder; --out must name another")
     if resume and overwrite:
         raise ConfigError("resume and overwrite contradict each other; give one of them")
     if resume:

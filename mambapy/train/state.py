@@ -16,7 +16,7 @@ import torch
 from torch.optim import AdamW
 
 from mambapy.checkpoints import atomic_write
-from mambapy.errors import CheckpointError, TrainingError
+from mambapy.errors import CheckpointError, ConfigError, TrainingError
 from mambapy.lm import LM
 from mambapy.train.config import TrainConfig
 
@@ -98,9 +98,10 @@ def read(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"{folder} holds no run to resume: there is no {LAST} in it")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {first}") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(payload, dict) or payload.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint of this version of mambapy")
     return payload
@@ -137,6 +138,8 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
     # Where other values are asked for than the run had, the new run's own hold already.
     if run.config.steps is None:
         run.total = payload["total"]
+    if run.total is not None and run.total != payload["total"] and run.total <= run.step:
+        raise ConfigError(f"steps={run.total}: the run in {folder} is at step {run.step} already")
     if not run.config.eval_interval and run.total == payload["total"]:
         run.interval = payload["interval"]
     torch.set_rng_state(payload["rng"])

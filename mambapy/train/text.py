@@ -14,6 +14,8 @@ from typing import BinaryIO, cast
 from mambapy.errors import DataError
 
 _BLOCK = 1 << 20
+# What tells a run folder from others.
+_RUN = "last.pt"
 
 # Folders of the standard library that are not the library itself.
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -126,6 +128,10 @@ def _walk(root: Path, skip: set[str], exclude: Path | None, suffix: str = "") ->
     """The regular files under `root` in a fixed order."""
     barred = exclude.resolve() if exclude else None
     for folder, names, files in os.walk(root):
+        # The folder of another run: its log, samples and held-out text are not data.
+        if _RUN in files:
+            names.clear()
+            continue
         names[:] = sorted(
             name
             for name in names

@@ -76,6 +76,22 @@ def test_first_and_second_derivatives(backend, l):
     assert torch.autograd.gradgradcheck(function, tuple(args.values()))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_derivatives_where_arguments_depend_on_each_other(backend):
+    args = scan_args(b=1, l=3, e=2, n=2, full=False)
+    A, weight = args["A"].detach(), torch.randn(2, 2, dtype=torch.float64)
+
+    def function(x):
+        B = x @ weight
+        return ops.selective_scan(x, torch.sigmoid(x), A, B, B.cos(), backend=backend)
+
+    x = args["x"]
+    plain = torch.autograd.grad(function(x).square().sum(), x)[0]
+    again = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)[0]
+    assert_near(again, plain, 1e-12)
+    assert torch.autograd.gradgradcheck(function, (x,))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_split_gives_what_one_call_gives(backend):  # trap 28
     args = scan_args(l=150)

@@ -55,10 +55,11 @@ def test_dict_round_trip() -> None:
 
 def test_toml_then_overrides(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text("lr = 1e-4\nlength = 64\nbetas = [0.8, 0.9]\nminutes = 2\n")
+    file.write_text("lr = 1e-4\nweight-decay = 0.3\nlength = 64\nbetas = [0.8, 0.9]\nminutes = 2\n")
     config = TrainConfig.from_toml(file, length=128, steps=10)
     assert (config.lr, config.length, config.betas) == (1e-4, 128, (0.8, 0.9))
     assert (config.steps, config.minutes) == (10, None)
+    assert config.weight_decay == 0.3  # named as the flag
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import gzip
 import lzma
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,18 @@ def test_batches_reach_both_ends() -> None:
     tokens = np.arange(5)
     rows = batch(tokens, rows=200, length=3, seed=0, step=0)
     assert {tuple(row) for row in rows} == {(0, 1, 2, 3), (1, 2, 3, 4)}
+
+
+def test_other_runs_are_no_data(corpus: Path, tmp_path: Path) -> None:
+    before = make(corpus, tmp_path).files
+    run = corpus / "runs" / "one"
+    (run / "data").mkdir(parents=True)
+    for name in ("last.pt", "log.jsonl", "data/held_out.txt"):
+        (run / name).write_text("text of another run\n" * 50)
+    assert make(corpus, tmp_path).files == before
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the system refuses such names")
+def test_a_file_name_that_is_no_unicode(corpus: Path, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(corpus) + b"/bad\xff.txt")).write_text("some text\n" * 90)
+    assert make(corpus, tmp_path).files == 41

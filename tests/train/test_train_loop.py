@@ -93,6 +93,20 @@ def test_step_0_has_the_initial_weights(tiny: dict[str, Any], monkeypatch: Any) 
     assert all(torch.equal(saved[name], fresh[name]) for name in fresh)
 
 
+def test_the_run_folder_is_not_the_data(tiny: dict[str, Any]) -> None:
+    tiny |= {"out": tiny["data"]}
+    with pytest.raises(ConfigError, match="own folder"):
+        run(tiny)
+
+
+def test_fewer_steps_than_are_done(tiny: dict[str, Any]) -> None:
+    run(tiny)
+    for steps in (1, 11):
+        config = state.saved_config(tiny["out"], steps=steps)
+        with pytest.raises(ConfigError, match=f"steps={steps}: .* at step 12 already"):
+            train(config, resume=True, quiet=True)
+
+
 def test_killed_at_any_moment_it_goes_on_exactly(tiny: dict[str, Any], tmp_path: Path) -> None:
     tiny |= {"steps": 60, "eval_interval": 7, "save_interval": 5}
     whole = {**tiny, "out": str(tmp_path / "whole"), "cache": str(tmp_path / "cache")}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambapy.ops.dispatch import is_traced
 from mambapy.ops.reference import wide_dtype
 
 # A dependency of the package, but it follows new versions of Python some months behind.
@@ -55,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def refuses_step(x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:
     """Why the kernels cannot run a step, or None. They are no operators: nothing sees through."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_traced():
         return "torch.compile and torch.func cannot see through it"
     given = [T for T in (x, *tensors, *options.values()) if isinstance(T, Tensor)]
     if torch.is_grad_enabled() and any(T.requires_grad for T in given):
