@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     141: whoever read our output has gone.
     """
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that cannot show a character must not end the text.
+            sys.stdout.reconfigure(errors="replace")
         args = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
@@ -80,6 +83,7 @@ def train(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result))
         return
+    print("".join(result["samples"]), end="")
     files = sorted(path.name for path in Path(result["out"]).iterdir() if path.is_file())
     winner = "below" if result["final_bpb"] < result["xz_bpb"] else "not below"
     print(
@@ -102,9 +106,6 @@ def generate(args: argparse.Namespace) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise CheckpointError(f"{args.model}: no such run folder or checkpoint")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a character must not end the text.
-        sys.stdout.reconfigure(errors="replace")
     model = LM.from_pretrained(folder)
     if args.device:
         model.to(_device(args.device))

@@ -131,6 +131,7 @@ def test_report_compares_with_xz(book: Path, tmp_path: Path, capsys: Any) -> Non
     assert "not below the " in text
     assert "of xz -9" in text
     assert f"mambapy generate {out}" in text
+    assert text.startswith((Path(out) / "samples.txt").read_text(encoding="utf-8"))
 
 
 def test_config_file_then_flags(book: Path, tmp_path: Path, capsys: Any) -> None:

@@ -28,8 +28,9 @@ def fresh():
     torch._dynamo.reset()
 
 
-def test_training_compiles_whole_in_two_graphs():  # row 11 of the users' list
-    model, counter = LM(tiny(), 21), Counter()
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_training_compiles_whole_in_two_graphs(backend):  # row 11 of the users' list
+    model, counter = LM(tiny(backend=backend), 21), Counter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for l in LENGTHS:
         tokens = torch.randint(21, (2, l))
@@ -41,8 +42,9 @@ def test_training_compiles_whole_in_two_graphs():  # row 11 of the users' list
     assert counter.graphs <= 2
 
 
-def test_prefill_and_step_compile_whole():
-    model, counter = LM(tiny(), 21), Counter()
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_prefill_and_step_compile_whole(backend):
+    model, counter = LM(tiny(backend=backend), 21), Counter()
     prefill = torch.compile(model.prefill, fullgraph=True, backend=counter)
     for l in LENGTHS:
         tokens = torch.randint(21, (2, l))
@@ -85,8 +87,9 @@ def test_inductor_trains():
     assert all(torch.isfinite(P.grad).all() for P in model.parameters())
 
 
-def test_export_with_dynamic_batch_and_length():  # trap 65
-    model = LM(tiny(), 21).eval()
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_export_with_dynamic_batch_and_length(backend):  # trap 65
+    model = LM(tiny(backend=backend), 21).eval()
     b, l = torch.export.Dim("b"), torch.export.Dim("l")
     program = torch.export.export(
         model, (torch.randint(21, (2, 9)),), dynamic_shapes=({0: b, 1: l},)

@@ -36,15 +36,8 @@ def after_reset():
     return model
 
 
-def after_apply():
-    # What a training framework may do to every module; it must not reach these parameters.
-    model = Mamba(CONFIG)
-    model.apply(lambda module: None)
-    return model
-
-
 @pytest.fixture(
-    params=[bare, language_model, after_to_empty, after_reset, after_apply],
+    params=[bare, language_model, after_to_empty, after_reset],
     ids=lambda make: make.__name__,
 )
 def model(request):

@@ -43,7 +43,8 @@ def train(
         quiet: no progress bar and no messages on stderr.
 
     Returns:
-        What the report says: held-out loss, xz's figure, steps, tokens, seconds, parameters.
+        What the report says: held-out loss, xz's figure, steps, tokens, seconds, parameters; and
+        the samples, each with its prompt.
 
     Raises:
         ConfigError: a setting cannot work on this machine.
@@ -236,14 +237,15 @@ def _finish(
     }
     log.write(**result)
     log.sync()
+    samples: list[str] = []
     if config.samples:
-        report.write_samples(run.model, tokenizer, data, config, folder / "samples.txt")
+        samples = report.write_samples(run.model, tokenizer, data, config, folder / "samples.txt")
     if config.plot != "never":
         try:
             report.write_plot(folder / state.LOG, folder / "loss.png")
         except MissingExtraError as error:
             _say(f"no loss.png: {error}", quiet)
-    return {"out": str(folder), **result}
+    return {"out": str(folder), **result, "samples": samples}
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -74,7 +74,8 @@ def test_a_run_learns_and_leaves_everything(tiny: dict[str, Any]) -> None:
     assert 0 < result["xz_bpb"] < 8
     lines = state.read_log(out / "log.jsonl")
     assert lines[0]["config"] == TrainConfig(**tiny).to_dict()
-    assert lines[-1] == {k: v for k, v in result.items() if k != "out"}
+    assert lines[-1] == {k: v for k, v in result.items() if k not in ("out", "samples")}
+    assert "".join(result["samples"]) == (out / "samples.txt").read_text(encoding="utf-8")
     assert [step for step, _ in log_of(tiny, "step", "val_bpb")] == list(range(4, 61, 4))
 
 

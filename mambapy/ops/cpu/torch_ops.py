@@ -5,6 +5,8 @@ Each backward is a custom op as well. It has no derivative of its own: a second 
 """
 
 from collections.abc import Callable
+
+# A schema of older torch is read from List, not from list.
 from typing import Any, List
 
 import torch
