@@ -1,8 +1,8 @@
 """The small modules that every model here is built from: one copy of each."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Sized
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,14 @@ from mambapy.init import init_dt_bias, init_dt_weight
 from mambapy.ragged import Ragged
 from mambapy.state import State
 
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan, Weights
+
 M = TypeVar("M", bound="WideParameters")
+K = TypeVar("K", bound=nn.Module)
+
+# What weights can be stored as, for decoding.
+QUANTIZED = ("int8", "bfloat16")
 
 
 class WideParameters(nn.Module):
@@ -103,25 +110,39 @@ class DtProjection(WideParameters, nn.Linear):
         return layer(x), None
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(layer: nn.Module, kind: type[K]) -> TypeGuard[K]:
     """Whether reading a layer's weight gives what calling it would.
 
     Not so for a hooked, adapted (LoRA), quantised or parametrised layer. Every fast path that reads
     weights asks here first.
     """
-    own = (
+    patched = "forward" in layer.__dict__
+    return type(layer) is kind and not patched and not any(hook_tables(layer))
+
+
+def hook_tables(layer: nn.Module) -> tuple[Sized, ...]:
+    """Where torch keeps the hooks that a call of the layer runs."""
+    return (
         layer._forward_hooks,
         layer._forward_pre_hooks,
         layer._backward_hooks,
         layer._backward_pre_hooks,
-    )
-    everywhere = (
         nn_module._global_forward_hooks,
         nn_module._global_forward_pre_hooks,
         nn_module._global_backward_hooks,
         nn_module._global_backward_pre_hooks,
     )
-    return type(layer) is kind and not any(own) and not any(everywhere)
+
+
+def product(layer: nn.Module) -> "Weights | None":
+    """What a fused step needs to know of a layer y = W x + bias, or None if it must be called."""
+    from mambapy.ops.cpu.step import Weights
+
+    if is_plain(layer, nn.Linear) or is_plain(layer, DtProjection):
+        return Weights(layer.weight, layer.bias)
+    if is_plain(layer, QuantizedLinear):
+        return Weights(layer.weight, layer.bias, layer.scale)
+    return None
 
 
 class Mixer(WideParameters, ABC):
@@ -147,6 +168,10 @@ class Mixer(WideParameters, ABC):
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, State]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
 
+    def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
+        """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
+        return False
+
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
         """The state before the first token: zeros, float32 or wider, on the layer's device."""
@@ -154,6 +179,67 @@ class Mixer(WideParameters, ABC):
     @abstractmethod
     def check_state(self, state: Any, batch_size: int, name: str) -> None:
         """Raise a ShapeError, naming `name`, unless the state is this layer's, for that batch."""
+
+
+class QuantizedLinear(WideParameters):
+    """y = W x + bias with W in fewer bits, for decoding, which is bound by reading the weights.
+
+    In int8, row i of W is scale[i] times integers from -127 to 127; in bfloat16 there is no scale.
+    The product itself is calculated in x's dtype. There is no gradient for W.
+
+    Args:
+        linear: the layer to take the weights of.
+        kind: "int8" or "bfloat16".
+    """
+
+    wide = ("bias", "scale")
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        weight, scale = quantize(linear.weight, kind)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.scale is not None:
+            y = y * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class QuantizedEmbedding(WideParameters):
+    """Rows of a quantised matrix, (...) integers -> (..., d) float32; shares it with a tied head.
+
+    Args:
+        embedding: the layer to take the weights of.
+        kind: "int8" or "bfloat16".
+    """
+
+    wide = ("scale",)
+
+    def __init__(self, embedding: nn.Embedding, kind: str) -> None:
+        super().__init__()
+        weight, scale = quantize(embedding.weight, kind)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map (...) to (..., d)."""
+        x = self.weight[tokens].float()
+        return x if self.scale is None else x * self.scale[tokens].unsqueeze(-1)
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """(W in `kind`, its scale for each row or None): symmetric rounding to nearest."""
+    if kind == "bfloat16":
+        return weight.to(torch.bfloat16), None
+    scale = weight.float().abs().amax(dim=1) / 127
+    # A row of zeros has any scale.
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 class ResidualBlock(nn.Module):
@@ -186,3 +272,10 @@ class ResidualBlock(nn.Module):
         """The same for one token, (b, d)."""
         y, state = self.mixer.step(self.norm(x), state)
         return x + y, state
+
+    def plan_step(self, plan: "StepPlan", residual: "Rows") -> bool:
+        """Append `step` to a plan, in place; False where it must be called instead."""
+        if type(self) is not ResidualBlock or not is_plain(self.norm, RMSNorm):
+            return False
+        x = plan.norm(residual, self.norm.weight, self.norm.eps)
+        return self.mixer.plan_step(plan, x, residual)

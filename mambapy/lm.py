@@ -6,7 +6,7 @@ them. Sampling is in generation.py, files are in checkpoints/.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,28 @@ from torch import Tensor, nn
 from mambapy import checkpoints, generation
 from mambapy.config import MambaConfig
 from mambapy.errors import CheckpointError, ConfigError, ShapeError
-from mambapy.layers import RMSNorm
+from mambapy.fused import FusedStep
+from mambapy.layers import (
+    QUANTIZED,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    RMSNorm,
+    is_plain,
+    product,
+)
 from mambapy.mamba import Mamba
 from mambapy.ops.dispatch import is_traced
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState
 from mambapy.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan
+
 __all__ = ["LM", "MambaConfig", "MambaLM", "from_pretrained"]
 
 
-class LM(nn.Module):
+class LM(FusedStep):
     """A language model.
 
     Args:
@@ -59,6 +70,7 @@ class LM(nn.Module):
         self.vocab_size = vocab_size
         self.tie_embeddings = tie_embeddings
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
+        self.quantized: str | None = None
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.embedding = nn.Embedding(rows, config.d_model)
         self.backbone = Mamba(config)
@@ -82,10 +94,41 @@ class LM(nn.Module):
         """Make embedding and head one parameter again, where they should be."""
         if self.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+            if self.quantized is not None:
+                self.lm_head.scale = self.embedding.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LM":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Moving off the meta device makes a new parameter of each name.
+        self._tie()
+        return self
+
+    def quantize(self, kind: str) -> "LM":
+        """Store the matrices in fewer bits, in place, so that a token reads less memory.
+
+        Decoding one sequence is bound by reading the weights. Activations and recurrences stay as
+        they are, and so do the small matrices that make dt. Those weights have no gradient.
+
+        Args:
+            kind: "int8" (a scale for each row) or "bfloat16".
+
+        Returns:
+            This model.
+
+        Raises:
+            ConfigError: the kind is unknown, or the model is quantised already.
+        """
+        if kind not in QUANTIZED:
+            raise ConfigError(f"kind={kind!r} must be one of {', '.join(QUANTIZED)}")
+        if self.quantized is not None:
+            raise ConfigError(f"the model is in {self.quantized} already; load it anew")
+        for module in list(self.modules()):
+            for name, layer in module.named_children():
+                if is_plain(layer, nn.Linear):
+                    setattr(module, name, QuantizedLinear(layer, kind))
+                elif is_plain(layer, nn.Embedding):
+                    setattr(module, name, QuantizedEmbedding(layer, kind))
+        self.quantized = kind
         self._tie()
         return self
 
@@ -167,8 +210,23 @@ class LM(nn.Module):
             ShapeError: an argument does not fit, or a token is out of range.
         """
         self._layout(token, 1)
-        hidden, state = self.backbone.step(self._embed(token), state)
+        x = self._embed(token)
+        self.backbone.check_state(state, x.shape[0])
+        if (found := self.fused_step(x, state, self.config.backend)) is not None:
+            logits, state = found
+            return logits[:, : self.vocab_size].to(self.norm_f.weight.dtype), state
+        hidden, state = self.backbone.step(x, state)
         return self._head(hidden), state
+
+    def plan_step(self, plan: "StepPlan", residual: "Rows") -> "Rows | None":
+        """Append a step, from the embedding on, to a plan; its logits, or None."""
+        head = product(self.lm_head)
+        if head is None or not is_plain(self.norm_f, RMSNorm):
+            return None
+        if self.backbone.plan_step(plan, residual) is None:
+            return None
+        hidden = plan.norm(residual, self.norm_f.weight, self.norm_f.eps)
+        return plan.linear(hidden, head, "logits")
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
@@ -219,9 +277,11 @@ class LM(nn.Module):
             "pad_vocab_size_multiple": self.pad_vocab_size_multiple,
             "config": self.config.to_dict(),
         }
+        if self.quantized is not None:
+            config["quantized"] = self.quantized
         weights = self.state_dict()
         if self.tie_embeddings:
-            del weights["lm_head.weight"]
+            weights = {k: T for k, T in weights.items() if not k.startswith("lm_head.")}
         checkpoints.save(directory, config, weights)
 
     @classmethod
@@ -238,13 +298,17 @@ class LM(nn.Module):
             raise CheckpointError(f"{directory}: model_type is not one that LM knows (mamba)")
         try:
             config = MambaConfig.from_dict(values.pop("config"))
+            kind = values.pop("quantized", None)
             with torch.device("meta"):
                 model = cls(config, values.pop("vocab_size"), **values)
+                if kind is not None:
+                    model.quantize(kind)
         except (KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{directory}: config.json does not fit: {error}") from error
         weights = dict(found.weights)
-        if model.tie_embeddings and "embedding.weight" in weights:
-            weights.setdefault("lm_head.weight", weights["embedding.weight"])
+        for name in ("weight", "scale"):
+            if model.tie_embeddings and f"embedding.{name}" in weights:
+                weights.setdefault(f"lm_head.{name}", weights[f"embedding.{name}"])
         checkpoints.check_names(directory, weights, model.state_dict())
         model.load_state_dict(weights, assign=True)
         model._tie()

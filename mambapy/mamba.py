@@ -20,6 +20,7 @@ from a state and leaves one, `step` for a single token. They give the same numbe
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,19 @@ from torch.utils.checkpoint import checkpoint
 from mambapy import ops
 from mambapy.config import MambaConfig
 from mambapy.errors import ShapeError
+from mambapy.fused import FusedStep
 from mambapy.init import init_A_log, rescale_residual
-from mambapy.layers import DtProjection, Mixer, ResidualBlock, widen
+from mambapy.layers import DtProjection, Mixer, ResidualBlock, is_plain, product, widen
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState, SSMState
+
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan
 
 __all__ = ["Mamba", "MambaBlock", "MambaConfig"]
 
 
-class Mamba(nn.Module):
+class Mamba(FusedStep):
     """A stack of Mamba-1 blocks, each with a norm before it and a residual around it.
 
     Args:
@@ -136,7 +141,9 @@ class Mamba(nn.Module):
             ShapeError: an argument does not fit.
         """
         self._check(x, 2)
-        self._check_state(state, x.shape[0])
+        self.check_state(state, x.shape[0])
+        if (found := self.fused_step(x, state, self.config.backend)) is not None:
+            return found[0].to(x.dtype), found[1]
         residual, states = self._to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             residual, layer_state = layer.step(residual, layer_state)
@@ -164,7 +171,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """`prefill` for rows that `Ragged.pack` has laid out."""
         state = self.init_state(x.shape[0]) if state is None else state
-        self._check_state(state, x.shape[0])
+        self.check_state(state, x.shape[0])
         goes_on = ragged.continues(state.seq_idx)
         residual, states = self._to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
@@ -175,6 +182,11 @@ class Mamba(nn.Module):
             residual, layer_state = layer.prefill(residual, layer_state, ragged)
             states.append(layer_state)
         return residual.to(x.dtype), ModelState(tuple(states), ragged.last_document(state.seq_idx))
+
+    def plan_step(self, plan: "StepPlan", residual: "Rows") -> "Rows | None":
+        """Append `step` to a plan; the rows of its result, or None if a layer must be called."""
+        planned = all(layer.plan_step(plan, residual) for layer in self.layers)
+        return residual if planned else None
 
     def _to_residual(self, x: Tensor) -> Tensor:
         """The residual stream in its own dtype."""
@@ -193,7 +205,7 @@ class Mamba(nn.Module):
         if not x.is_floating_point():
             raise ShapeError(f"x must be floating point, got {x.dtype}")
 
-    def _check_state(self, state: ModelState, batch_size: int) -> None:
+    def check_state(self, state: ModelState, batch_size: int) -> None:
         """Raise unless the state fits this model, this batch, and the parameters' device."""
         if not isinstance(state, ModelState) or len(state.layers) != len(self.layers):
             raise ShapeError(f"the state is not one of a model with {len(self.layers)} layers")
@@ -290,6 +302,23 @@ class MambaBlock(Mixer):
             backend=self._plain_backend,
         )
         return self.out_proj(y), SSMState(conv, ssm)
+
+    def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
+        """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
+        weights = [product(P) for P in (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)]
+        in_proj, x_proj, dt_proj, out_proj = weights
+        if in_proj is None or x_proj is None or dt_proj is None or out_proj is None:
+            return False
+        if type(self) is not MambaBlock or not is_plain(self.conv1d, nn.Conv1d):
+            return False
+        e, n, R = self.config.d_inner, self.config.d_state, self.config.rank
+        x, z = plan.linear(x, in_proj, "in_proj").split(e, e)
+        x = plan.conv(x, self.conv1d.weight, self.conv1d.bias, silu=True)
+        low, B, C = plan.linear(x, x_proj, "x_proj").split(R, n, n)
+        dt = plan.linear(low, dt_proj, "dt")
+        y = plan.scan(x, dt, self.A_log, B, C, self.D, z, dt_softplus=True, A_is_log=True)
+        plan.linear(y, out_proj, add_to=residual)
+        return True
 
     def init_state(self, batch_size: int) -> SSMState:
         """The state before the first token: zeros, float32 or wider."""

@@ -142,6 +142,11 @@ class ModelState(State):
     layers: tuple[State, ...]
     seq_idx: Tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What recurrences run in: float32 or float64."""
+        return next(iter(self.layers[0].tensors().values())).dtype
+
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply to a tensor, a state, or a tuple of states."""

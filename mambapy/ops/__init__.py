@@ -6,6 +6,7 @@ Each op has several backends, named in `dispatch`; `explain` says which one a ca
 from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.info import backends_info
+from mambapy.ops.model_step import refuses_fused_step, step_plan
 from mambapy.ops.norm import rms_norm
 from mambapy.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -16,7 +17,9 @@ __all__ = [
     "causal_conv1d_step",
     "conv_state",
     "explain",
+    "refuses_fused_step",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",
+    "step_plan",
 ]

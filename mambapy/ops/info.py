@@ -23,6 +23,7 @@ def backends_info(device: torch.device | str = "cpu") -> list[dict[str, Any]]:
         "selective_scan": (x, x, A, B, B),
         "causal_conv1d": (x, weight),
         "rms_norm": (x, weight[0]),
+        "model_step": (x[0], x.dtype),
     }
     return [
         {
@@ -33,5 +34,11 @@ def backends_info(device: torch.device | str = "cpu") -> list[dict[str, Any]]:
             "reason": verdict.reason or "",
         }
         for op, call in calls.items()
-        for verdict in dispatch.explain(op, *call)
+        for verdict in _explain(op, *call)
     ]
+
+
+@torch.no_grad()
+def _explain(op: str, *call: Any) -> list[dispatch.Verdict]:
+    """What the backends say where no gradient is asked for."""
+    return dispatch.explain(op, *call)

@@ -86,3 +86,22 @@ def causal_conv1d_step(
     run_in = wide if wide == torch.float64 else x.dtype
     y, state = step.conv1d_step(x.to(run_in), state, weight, bias, activation == "silu")
     return y.to(x.dtype), state
+
+
+# With more rows, torch's products of two matrices read the weights no more often.
+MOST_ROWS = 8
+
+
+def refuses_plan(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a model's step cannot be one launch, or None."""
+    if is_traced():
+        return "torch.compile and torch.func cannot see through it"
+    if torch.is_grad_enabled():
+        return "it has no gradient: use torch.no_grad()"
+    if x.shape[0] > MOST_ROWS:
+        return f"it is for at most {MOST_ROWS} rows, x has {x.shape[0]}"
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return "it does not follow autocast"
+    if x.dtype == torch.float64 and dtype != torch.float64:
+        return f"x is float64, the states are {dtype}"
+    return refuses(x)

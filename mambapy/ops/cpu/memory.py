@@ -1,6 +1,8 @@
 """Loads, stores and sums of vectors in memory; the counters that workers share. Pointers have no
 bounds."""
 
+import platform
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -87,23 +89,51 @@ def accumulate(typingctx, base, offset, a, b):
     return types.void(base, types.int64, a, a), codegen
 
 
+def _sum_in_halves(builder, value, count: int):
+    """The sum of `count` lanes: (0 + count/2, 1 + count/2 + 1, ...), then again."""
+    while count > 1:
+        count //= 2
+        value = builder.fadd(*[_lanes(builder, value, start, count) for start in (0, count)])
+    return builder.extract_element(value, ir.IntType(32)(0))
+
+
 @intrinsic
 def total(typingctx, base, offset):
-    """The sum of base[offset : offset + FOLDED], in halves: (0 + 8, 1 + 9, ...), then again."""
+    """The sum of base[offset : offset + FOLDED], in halves."""
     if not isinstance(base, types.CPointer) or base.dtype not in VECTORS:
         return None
 
     def codegen(context, builder, sig, args):
         kind = ir.VectorType(ELEMENT[base.dtype], FOLDED)
         place = builder.bitcast(builder.gep(args[0], [args[1]]), kind.as_pointer())
-        value, count = builder.load(place, align=base.dtype.bitwidth // 8), FOLDED
-        while count > 1:
-            count //= 2
-            halves = [_lanes(builder, value, start, count) for start in (0, count)]
-            value = builder.fadd(*halves)
-        return builder.extract_element(value, ir.IntType(32)(0))
+        value = builder.load(place, align=base.dtype.bitwidth // 8)
+        return _sum_in_halves(builder, value, FOLDED)
 
     return base.dtype(base, types.int64), codegen
+
+
+@intrinsic
+def lanes_total(typingctx, vector):
+    """The sum of a vector's numbers, in halves."""
+    if not isinstance(vector, Vec):
+        return None
+
+    def codegen(context, builder, sig, args):
+        return _sum_in_halves(builder, args[0], LANES)
+
+    return vector.dtype(vector), codegen
+
+
+@intrinsic
+def load_int8(typingctx, base, offset):
+    """LANES float32 from signed bytes."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.VectorType(ir.IntType(8), LANES)
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), kind.as_pointer())
+        return builder.sitofp(builder.load(place, align=1), llvm_of(V32))
+
+    return V32(types.CPointer(types.int8), types.int64), codegen
 
 
 def _half_loader(brain: bool):
@@ -210,3 +240,43 @@ def fetch_add(typingctx, base, offset):
         return builder.atomic_rmw("add", place, ir.IntType(64)(1), "monotonic")
 
     return types.int64(base, types.int64), codegen
+
+
+@intrinsic
+def finish(typingctx, base, offset):
+    """base[offset]++ as one atomic step, after everything this thread has written."""
+    if base != types.CPointer(types.int64):
+        return None
+
+    def codegen(context, builder, sig, args):
+        builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), ir.IntType(64)(1), "release")
+        return context.get_dummy_value()
+
+    return types.void(base, types.int64), codegen
+
+
+@intrinsic
+def load_acquire(typingctx, base, offset):
+    """base[offset], before anything this thread reads from now on."""
+    if base != types.CPointer(types.int64):
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(builder.gep(args[0], [args[1]]), "acquire", 8)
+
+    return types.int64(base, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the core that this thread waits for another, which may share it."""
+
+    def codegen(context, builder, sig, args):
+        machine = platform.machine()
+        if machine in ("x86_64", "AMD64"):
+            call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        elif machine in ("arm64", "aarch64"):
+            call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.IntType(32)(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen

@@ -21,6 +21,7 @@ from mambapy.ops.cpu.memory import (
     load,
     load_bfloat16,
     load_float16,
+    load_int8,
     pointer,
     store,
     store_bfloat16,
@@ -32,8 +33,14 @@ from mambapy.ops.cpu.simd import INLINE, INNER, LANES, zeros
 # then the slots.
 WORKER, NEXT_TASK, SCRATCH, SCRATCH_BYTES, SIZES, FIRST_SLOT = 0, 1, 2, 3, 4, 16
 
-_CODES = {torch.float32: 4, torch.float64: 8, torch.bfloat16: 2, torch.float16: 3, torch.int64: 9}
-_BYTES = {4: 4, 8: 8, 2: 2, 3: 2, 9: 8}
+CODES = {
+    torch.float32: 4,
+    torch.float64: 8,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 9,
+    torch.int8: 1,
+}
 
 
 def slot(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
@@ -41,9 +48,9 @@ def slot(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
     dimension."""
     if tensor is None:
         return 0, 0, 0, 4
-    code = _CODES[tensor.dtype]
+    code = CODES[tensor.dtype]
     strides = tensor.stride()[:-1]
-    size = _BYTES[code]
+    size = tensor.element_size()
     batch = strides[0] * size if strides else 0
     step = strides[1] * size if len(strides) > 1 else 0
     return tensor.data_ptr(), batch, step, code
@@ -51,7 +58,7 @@ def slot(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
 
 def rowwise(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor`, copied only where a kernel in the arithmetic of `dtype` could not read it."""
-    if (tensor.dtype == torch.float64) != (dtype == torch.float64) or tensor.dtype not in _CODES:
+    if (tensor.dtype == torch.float64) != (dtype == torch.float64) or tensor.dtype not in CODES:
         tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
@@ -78,7 +85,7 @@ def given(args, which):
 @njit(**INLINE)
 def size_of(code):
     """Bytes of one number of a dtype code."""
-    return 8 if code >= 8 else (4 if code == 4 else 2)
+    return 8 if code >= 8 else (2 if code == 3 else code)
 
 
 @njit(**INLINE)
@@ -90,7 +97,7 @@ def place(args, which, batch, step, column):
 
 
 def load_some(address, code, F):
-    """16 numbers of the dtype of `code` at `address`, as a vector of `F`."""
+    """LANES numbers of the dtype of `code` at `address`, as a vector of `F`."""
 
 
 def store_some(address, code, value):
@@ -104,6 +111,8 @@ def _load_some(address, code, F):
             return load(pointer(address, np.float32), 0)
         if code == 2:
             return load_bfloat16(pointer(address, np.uint16), 0)
+        if code == 1:
+            return load_int8(pointer(address, np.int8), 0)
         return load_float16(pointer(address, np.uint16), 0)
 
     def from_double(address, code, F):
@@ -129,10 +138,10 @@ def _store_some(address, code, value):
 
 
 @njit(**INLINE)
-def _copy_bytes(source, target, count):
-    """Copy `count` bytes (an even number)."""
-    a, b = pointer(source, np.uint16), pointer(target, np.uint16)
-    for i in range(count // 2):
+def copy_bytes(source, target, count):
+    """Copy `count` bytes."""
+    a, b = pointer(source, np.uint8), pointer(target, np.uint8)
+    for i in range(count):
         b[i] = a[i]
 
 
@@ -147,7 +156,7 @@ def _stage_row(address, code, count, base, offset, F):
     rest = count - whole * LANES
     if rest > 0:
         store(buffer, 0, zeros(F))
-        _copy_bytes(address + whole * LANES * size_of(code), base, rest * size_of(code))
+        copy_bytes(address + whole * LANES * size_of(code), base, rest * size_of(code))
         store(buffer, offset + whole * LANES, load_some(base, code, F))
 
 
@@ -181,7 +190,7 @@ def _unstage_row(address, code, count, base, offset, F):
     rest = count - whole * LANES
     if rest > 0:
         store_some(base, code, load(buffer, offset + whole * LANES))
-        _copy_bytes(base, address + whole * LANES * size_of(code), rest * size_of(code))
+        copy_bytes(base, address + whole * LANES * size_of(code), rest * size_of(code))
 
 
 @njit(**INNER)

@@ -1,152 +1,230 @@
-"""One decoding step: the convolution of one token and the recurrence of one token.
+"""One decoding step of a whole model as one launch of one kernel, and of single ops.
 
-Here a vector holds the states of one channel, as a tensor (b, e, n) has them, not one state of many
-channels.
+`StepPlan` collects stages: products, norms, convolutions and recurrences of one token for each row
+of a batch, in the order in which they are called. Nothing happens until `run`. Models write their
+step with it (`plan_step`) as they write it with tensors.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from mambapy.ops.cpu import scan_forward as scan
-from mambapy.ops.cpu.conv1d import SILU, TAPS, X, Y, begin_task
-from mambapy.ops.cpu.exp import LOG2E, exp2, silu, softplus
-from mambapy.ops.cpu.memory import (
-    accumulate,
-    fetch_add,
-    load,
-    load_first,
-    pointer,
-    store,
-    store_first,
-    total,
-)
-from mambapy.ops.cpu.rows import (
-    NEXT_TASK,
-    SCRATCH,
-    SCRATCH_BYTES,
-    SIZES,
-    WORKER,
-    given,
-    pack,
-    place,
-    rowwise,
-    stage,
-    unstage,
-)
-from mambapy.ops.cpu.simd import LANES, fma, splat, zeros
+from mambapy.ops.cpu import step_kernel as kernel
+from mambapy.ops.cpu.rows import CODES, FIRST_SLOT, SIZES
+from mambapy.ops.cpu.simd import LANES
 from mambapy.ops.cpu.threads import arithmetic, compiled, run
 
-WIDTH = 128
-BATCH, CHANNELS, STATES, SOFTPLUS = SIZES, SIZES + 2, SIZES + 3, SIZES + 4
-NEW_STATE = 6
+# A thread is worth waking for that many multiplications: 50 microseconds or so.
+WORK_OF_A_THREAD = 50_000
+# Measured: with 100 kB a task, memory gave two thirds of what it gives with 500 kB.
+BYTES_OF_A_TASK = 500_000
 
 
-def build_conv(F, size, stamp):
-    """The convolution's kernel; slots and sizes as in `conv1d.py`, then the new state."""
+class Rows(NamedTuple):
+    """A (b, width) activation in the workspace: row i begins at number `start + i * pitch`."""
 
-    def conv1d_step(args):
-        stamp  # noqa: B018
-        channels, taps = args[CHANNELS], args[TAPS]
-        blocks = (channels + WIDTH - 1) // WIDTH
-        base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
-        w = pointer(base, F)
-        weight = LANES
-        bias = weight + taps * WIDTH
-        xs = bias + WIDTH
-        ys = xs + taps * WIDTH
-        while True:
-            task = fetch_add(args, NEXT_TASK)
-            if task >= args[BATCH] * blocks:
-                break
-            batch, first = task // blocks, (task % blocks) * WIDTH
-            count = min(WIDTH, channels - first)
-            begin_task(args, batch, first, count, taps, base, weight, bias, xs, F)
-            now = xs + (taps - 1) * WIDTH
-            stage(args, X, batch, 0, 1, first, count, base, now, WIDTH, F)
-            for c in range(0, count, LANES):
-                y = load(w, bias + c)
-                for d in range(taps):
-                    y = fma(load(w, weight + d * WIDTH + c), load(w, now - d * WIDTH + c), y)
-                if args[SILU] != 0:
-                    y = silu(y)
-                store(w, ys + c, y)
-            unstage(args, Y, batch, 0, 1, first, count, base, ys, WIDTH, F)
-            if given(args, NEW_STATE):
-                unstage(
-                    args, NEW_STATE, batch, 0, taps - 1, first, count, base, xs + WIDTH, WIDTH, F
-                )
+    start: int
+    pitch: int
+    width: int
 
-    return conv1d_step
+    def split(self, *widths: int) -> list["Rows"]:
+        """Its columns in pieces, as `Tensor.split` has them."""
+        starts = [self.start + sum(widths[:i]) for i in range(len(widths))]
+        return [Rows(start, self.pitch, width) for start, width in zip(starts, widths, strict=True)]
 
 
-def build_scan(F, size, stamp):
-    """The recurrence's kernel; slots and sizes as in `scan_forward.py`."""
+class Weights(NamedTuple):
+    """y = scale * (W x) + bias; W (out, in) may be int8, with a scale (out) for each row."""
 
-    def selective_scan_step(args):
-        stamp  # noqa: B018
-        channels, states = args[CHANNELS], args[STATES]
-        soft = args[SOFTPLUS] != 0
-        columns = (states + LANES - 1) // LANES * LANES
-        blocks = (channels + WIDTH - 1) // WIDTH
-        base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
-        w = pointer(base, F)
-        partial = LANES
-        b_row = partial + LANES
-        c_row = b_row + columns
-        xs = c_row + columns
-        step_size = xs + WIDTH
-        bias = step_size + WIDTH
-        skip = bias + WIDTH
-        ys = skip + WIDTH
-        rates = pointer(place(args, scan.A, 0, 0, 0), F)
-        old, new = (
-            pointer(place(args, scan.STATE, 0, 0, 0), F),
-            pointer(place(args, scan.LAST, 0, 0, 0), F),
-        )
-        while True:
-            task = fetch_add(args, NEXT_TASK)
-            if task >= args[BATCH] * blocks:
-                break
-            batch, first = task // blocks, (task % blocks) * WIDTH
-            count = min(WIDTH, channels - first)
-            for i in range(bias, ys, LANES):
-                store(w, i, zeros(F))
-            if given(args, scan.BIAS):
-                stage(args, scan.BIAS, 0, 0, 1, first, count, base, bias, WIDTH, F)
-            if given(args, scan.D):
-                stage(args, scan.D, 0, 0, 1, first, count, base, skip, WIDTH, F)
-            stage(args, scan.X, batch, 0, 1, first, count, base, xs, WIDTH, F)
-            stage(args, scan.DT, batch, 0, 1, first, count, base, step_size, WIDTH, F)
-            stage(args, scan.B, batch, 0, 1, 0, states, base, b_row, columns, F)
-            stage(args, scan.C, batch, 0, 1, 0, states, base, c_row, columns, F)
-            for c in range(0, count, LANES):
-                dt = load(w, step_size + c) + load(w, bias + c)
-                if soft:
-                    dt = softplus(dt)
-                store(w, step_size + c, dt)
-            for c in range(count):
-                dt = w[step_size + c]
-                rate, dx = splat(dt * F(LOG2E)), splat(dt * w[xs + c])
-                at = first + c
-                row = (batch * channels + at) * states
-                store(w, partial, zeros(F))
-                for n in range(0, states, LANES):
-                    left = states - n
-                    h = zeros(F)
-                    if given(args, scan.STATE):
-                        h = load_first(old, row + n, left)
-                    h = h * exp2(rate * load_first(rates, at * states + n, left))
-                    h = fma(dx, load(w, b_row + n), h)
-                    store_first(new, row + n, h, left)
-                    accumulate(w, partial, h, load(w, c_row + n))
-                w[ys + c] = total(w, partial) + w[skip + c] * w[xs + c]
-            if given(args, scan.Z):
-                stage(args, scan.Z, batch, 0, 1, first, count, base, xs, WIDTH, F)
-                for c in range(0, count, LANES):
-                    store(w, ys + c, load(w, ys + c) * silu(load(w, xs + c)))
-            unstage(args, scan.Y, batch, 0, 1, first, count, base, ys, WIDTH, F)
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
 
-    return selective_scan_step
+
+class StepPlan:
+    """The stages of one step.
+
+    Args:
+        batch: b, rows.
+        dtype: what to calculate in, and that of states: float32 or float64.
+    """
+
+    def __init__(self, batch: int, dtype: torch.dtype) -> None:
+        self.batch, self.dtype = batch, dtype
+        self._numbers: list[int] = []
+        self._work, self._taps = 0, 1
+        # Where activations are in the workspace, and where states are in the list of numbers.
+        self._places: dict[str, Rows] = {}
+        self._size = 0
+        self._inputs: list[Rows] = []
+        self._states: list[int] = []
+        # What the plan has made itself, and the tensors that are copied anew at each run because
+        # the kernel cannot read them where they are. All others belong to the caller.
+        self._made: list[Tensor] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._workspace = torch.empty(0)
+        self._args = np.empty(0, np.int64)
+
+    def rows(self, name: str, width: int) -> Rows:
+        """Room for a (b, width) activation; one name and width has one room in all layers."""
+        key = f"{name}.{width}"
+        if key not in self._places:
+            pitch = -(-width // LANES) * LANES
+            self._places[key] = Rows(self._size, pitch, width)
+            self._size += self.batch * pitch
+        return self._places[key]
+
+    def input(self, name: str, width: int) -> Rows:
+        """An activation (b, width) that `run` is given."""
+        self._inputs.append(self.rows(name, width))
+        return self._inputs[-1]
+
+    def norm(self, x: Rows, weight: Tensor, eps: float) -> Rows:
+        """RMSNorm of each row."""
+        y = self.rows("norm", x.width)
+        self._work += self.batch * x.width
+        self._made.append(torch.tensor([eps], dtype=self.dtype))
+        bits = self._made[-1].data_ptr()
+        self._add(kernel.NORM, self.batch, x, y, self._address(weight), 0, x.width, bits)
+        return y
+
+    def linear(
+        self, x: Rows, weights: Weights, name: str = "", *, add_to: Rows | None = None
+    ) -> Rows:
+        """A product, into the room `name` or added to the rows `add_to`."""
+        weight, bias, scale = weights
+        out, inner = weight.shape
+        y = self.rows(name, out) if add_to is None else add_to
+        self._work += self.batch * out * inner
+        readable = (weight.dtype == torch.float64) == (self.dtype == torch.float64)
+        at = self._address(weight, convert=not readable)
+        code = CODES[weight.dtype if readable else self.dtype]
+        block = _rows_of_a_task(out, inner * weight.element_size())
+        self._add(
+            kernel.LINEAR, -(-out // block), x, y, at, self._address(bias), out,
+            code, self._address(scale), inner, block, int(add_to is not None),
+        )  # fmt: skip
+        return y
+
+    def conv(self, x: Rows, weight: Tensor, bias: Tensor | None, silu: bool) -> Rows:
+        """`ops.causal_conv1d_step` with a weight of e rows of k numbers; has a state."""
+        e, k = x.width, weight.shape[-1]
+        y = self.rows("conv", e)
+        self._work += self.batch * e * k
+        self._taps = max(self._taps, k)
+        self._add(
+            kernel.CONV, self._channel_tasks(e), x, y, self._address(weight), self._address(bias),
+            e, *self._state(), k, int(silu),
+        )  # fmt: skip
+        return y
+
+    def scan(
+        self,
+        x: Rows,
+        dt: Rows,
+        A: Tensor,
+        B: Rows,
+        C: Rows,
+        D: Tensor | None,
+        z: Rows | None,
+        *,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+        A_is_log: bool = False,
+    ) -> Rows:
+        """`ops.selective_scan_step`; A may be given as log(-A); has a state."""
+        e, n = x.width, B.width
+        y = self.rows("scan", e)
+        self._work += self.batch * e * n * 4
+        gate = (-1, 0) if z is None else (z.start, z.pitch)
+        self._add(
+            kernel.SCAN, self._channel_tasks(e), x, y, self._address(A), self._address(dt_bias), e,
+            *self._state(), dt.start, dt.pitch, B.start, C.start, B.pitch, *gate,
+            self._address(D), n, int(dt_softplus), int(A_is_log),
+        )  # fmt: skip
+        return y
+
+    def run(self, inputs: list[Tensor], states: list[Tensor]) -> list[Tensor]:
+        """Run every stage.
+
+        Args:
+            inputs: (b, width) each, in the order in which `input` was called.
+            states: in the order of the stages that have one; they are not changed.
+
+        Returns:
+            The new states.
+        """
+        if self._args.size == 0:
+            self._finish()
+        for place, x in zip(self._inputs, inputs, strict=True):
+            self._view(place).copy_(x)
+        for copy, T in self._copies:
+            copy.copy_(T)
+        states = [T.detach().to(self.dtype).contiguous() for T in states]
+        new = [torch.empty_like(T) for T in states]
+        args = self._args.copy()
+        for at, *pair in zip(self._states, states, new, strict=True):
+            args[at], args[at + 1] = [T.data_ptr() for T in pair]
+        scratch = max((1 + self.batch) * LANES, self._taps * kernel.WIDTH) * self.dtype.itemsize
+        threads = max(1, self._work // WORK_OF_A_THREAD)
+        run(compiled(kernel.build, self.dtype), args, threads, scratch)
+        return new
+
+    def result(self, rows: Rows) -> Tensor:
+        """A copy of an activation (b, width) after `run`."""
+        return self._view(rows).clone()
+
+    def _finish(self) -> None:
+        """Make the workspace, and what the kernel takes, from all stages."""
+        # Vectors may be read beyond the end of the last row.
+        self._workspace = torch.empty(self._size + 2 * LANES, dtype=self.dtype)
+        stages = len(self._numbers) // kernel.FIELDS
+        head = [*[0] * SIZES, stages, self._workspace.data_ptr(), self.batch]
+        head += [0] * (FIRST_SLOT - len(head))
+        self._args = np.array([*head, *self._numbers], dtype=np.int64)
+
+    def _view(self, rows: Rows) -> Tensor:
+        """An activation in the workspace."""
+        shape, strides = (self.batch, rows.width), (rows.pitch, 1)
+        return self._workspace.as_strided(shape, strides, rows.start)
+
+    def _add(self, kind: int, tasks: int, x: Rows, y: Rows, *operands: int) -> None:
+        """Append a stage."""
+        numbers = [kind, tasks, 0, 0, x.start, x.pitch, y.start, y.pitch, *operands]
+        self._numbers += numbers
+        self._numbers += [0] * (kernel.FIELDS - len(numbers))
+
+    def _state(self) -> tuple[int, int]:
+        """The place of a state in the stage that is about to be added: filled in at each run."""
+        self._states.append(FIRST_SLOT + len(self._numbers) + kernel.OLD)
+        return 0, 0
+
+    def _channel_tasks(self, channels: int) -> int:
+        """Blocks of channels in all rows."""
+        return self.batch * -(-channels // kernel.WIDTH)
+
+    def _address(self, T: Tensor | None, *, convert: bool | None = None) -> int:
+        """Where the numbers of T are, contiguous and in the plan's dtype; 0 for None."""
+        if T is None:
+            return 0
+        T = T.detach()
+        if convert is None:
+            convert = T.dtype != self.dtype
+        if convert or not T.is_contiguous():
+            copy = torch.empty(T.shape, dtype=self.dtype if convert else T.dtype)
+            self._copies.append((copy, T))
+            T = copy
+        return T.data_ptr()
+
+
+def _rows_of_a_task(rows: int, row_bytes: int) -> int:
+    """How many rows of a matrix a task takes: long streams for the prefetcher, equal shares."""
+    threads = torch.get_num_threads()
+    tasks = max(1, rows * row_bytes // BYTES_OF_A_TASK)
+    tasks = -(-tasks // threads) * threads
+    return -(-rows // tasks)
 
 
 def conv1d_step(
@@ -154,18 +232,10 @@ def conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """`conv1d.forward` for one token: x (b, e), state (b, k-1, e) -> y (b, e), new state (b, k-1,
     e)."""
-    b, e = x.shape
-    k = weight.shape[1]
-    F = arithmetic(x.dtype)
-    y = torch.empty(b, e, dtype=x.dtype)
-    new = torch.empty(b, k - 1, e, dtype=state.dtype)
-    old = None if k == 1 else rowwise(state.detach(), F)
-    bias = None if bias is None else rowwise(bias.detach(), F)
-    tensors = [rowwise(x.detach(), F), weight.detach().to(F).contiguous(), bias, old, None, y]
-    args = pack([b, 1, e, k, activation], [*tensors, None if k == 1 else new])
-    scratch = (LANES + (2 * k + 2) * WIDTH) * F.itemsize
-    run(compiled(build_conv, F), args, b * -(-e // WIDTH), scratch, threads=_threads(b * e * k))
-    return y, new
+    plan = StepPlan(x.shape[0], arithmetic(x.dtype))
+    y = plan.conv(plan.input("x", x.shape[1]), weight, bias, activation)
+    (new,) = plan.run([x.detach()], [state])
+    return plan.result(y).to(x.dtype), new.to(state.dtype)
 
 
 def selective_scan_step(
@@ -179,7 +249,7 @@ def selective_scan_step(
     *,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
-    state: Tensor | None = None,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.forward` for one token.
 
@@ -189,21 +259,12 @@ def selective_scan_step(
     Returns:
         y (b, e) and a new state (b, e, n); `state` is not changed.
     """
-    b, e = x.shape
-    n = A.shape[1]
-    F = arithmetic(x.dtype)
-    y = torch.empty(b, e, dtype=x.dtype)
-    new = torch.empty(b, e, n, dtype=F)
-    A, state = [None if t is None else t.detach().to(F).contiguous() for t in (A, state)]
-    rows = [None if t is None else rowwise(t.detach(), F) for t in (x, dt, B, C, D, z, dt_bias)]
-    x, dt, B, C, D, z, dt_bias = rows
-    tensors = [x, dt, A, B, C, D, z, dt_bias, state, None, y, None, new]
-    args = pack([b, 1, e, n, dt_softplus], tensors)
-    scratch = (2 * LANES + 2 * (n + LANES) + 5 * WIDTH) * F.itemsize
-    run(compiled(build_scan, F), args, b * -(-e // WIDTH), scratch, threads=_threads(b * e * n))
-    return y, new
-
-
-def _threads(work: int) -> int:
-    """Threads worth waking for `work` multiplications: one for each 50 microseconds or so."""
-    return max(1, work // 50_000)
+    plan = StepPlan(x.shape[0], arithmetic(x.dtype))
+    given = {"x": x, "dt": dt, "B": B, "C": C, **({} if z is None else {"z": z})}
+    rows = {name: plan.input(name, T.shape[1]) for name, T in given.items()}
+    y = plan.scan(
+        rows["x"], rows["dt"], A, rows["B"], rows["C"], D, rows.get("z"),
+        dt_bias=dt_bias, dt_softplus=dt_softplus,
+    )  # fmt: skip
+    (new,) = plan.run([T.detach() for T in given.values()], [state])
+    return plan.result(y).to(x.dtype), new

@@ -1,0 +1,235 @@
+"""The kernel of `step.py`: a list of stages, one after the other, each spread over all workers.
+
+Decoding reads every weight once for one token, so it is bound by memory; what costs time besides is
+starting threads for each small product. Here they start once for a whole model. A worker draws
+tasks of a stage until none is left, waits until the others have finished theirs, and goes on; it
+never waits for a worker that has not come, so any number of workers will do.
+
+Activations live in one workspace, (b, width) rows of whole vectors; weights and states are read and
+written where the caller has them.
+"""
+
+import math
+
+from numba import njit
+
+from mambapy.ops.cpu.exp import LOG2E, exp, exp2, silu, softplus
+from mambapy.ops.cpu.memory import (
+    fetch_add,
+    finish,
+    lanes_total,
+    load,
+    load_acquire,
+    load_first,
+    pause,
+    pointer,
+    store,
+    store_first,
+)
+from mambapy.ops.cpu.rows import (
+    FIRST_SLOT,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SIZES,
+    WORKER,
+    copy_bytes,
+    load_some,
+    size_of,
+)
+from mambapy.ops.cpu.simd import INLINE, LANES, fma, splat, zeros
+
+STAGES, WORK, BATCH = range(SIZES, SIZES + 3)
+# A stage: what it is, its number of tasks, two counters, its operands. Places in the workspace (X,
+# Y, DT, B, C, Z) are counted in numbers, a pitch is the distance of two rows; the rest are
+# addresses (0: there is none) and sizes.
+FIELDS = 24
+NORM, LINEAR, CONV, SCAN = range(4)
+KIND, TASKS, NEXT, DONE, X, X_PITCH, Y, Y_PITCH, WEIGHT, BIAS, CHANNELS = range(11)
+EPS_BITS = 11
+CODE, SCALE, INNER, BLOCK, ADD = range(11, 16)
+OLD, NEW, TAPS, SILU = range(11, 15)
+DT, DT_PITCH, B, C, BC_PITCH, Z, Z_PITCH, D, STATES, SOFTPLUS, IS_LOG = range(13, 24)
+WIDTH = 128
+
+
+@njit(**INLINE)
+def _some(w, at, left):
+    """A vector of which only the first `left` numbers may be read; the others are 0."""
+    return load(w, at) if left >= LANES else load_first(w, at, left)
+
+
+@njit(**INLINE)
+def _norm(args, at, row, F):
+    """One row of an RMSNorm."""
+    w, weight = pointer(args[WORK], F), pointer(args[at + WEIGHT], F)
+    x, y, width = args[at + X] + row * args[at + X_PITCH], args[at + Y], args[at + CHANNELS]
+    y += row * args[at + Y_PITCH]
+    squares = zeros(F)
+    for c in range(0, width, LANES):
+        v = _some(w, x + c, width - c)
+        squares = fma(v, v, squares)
+    eps = pointer(args[at + EPS_BITS], F)[0]
+    scale = splat(F(1) / F(math.sqrt(lanes_total(squares) / F(width) + eps)))
+    for c in range(0, width, LANES):
+        store(w, y + c, _some(w, x + c, width - c) * scale * _some(weight, c, width - c))
+
+
+@njit(**INLINE)
+def _dot(w, x, a, code, inner, spare, tail, F):
+    """x · (inner numbers of dtype `code` at address a); `code` is a constant where it counts."""
+    size = size_of(code)
+    whole = inner // LANES * LANES
+    # One row after another keeps the stream of weights sequential, as prefetching wants it; four
+    # sums keep the multipliers busy.
+    sum_a, sum_b, sum_c, sum_d = zeros(F), zeros(F), zeros(F), zeros(F)
+    blocks = inner // (4 * LANES) * 4 * LANES
+    for i in range(0, blocks, 4 * LANES):
+        j = a + i * size
+        sum_a = fma(load_some(j, code, F), load(w, x + i), sum_a)
+        sum_b = fma(load_some(j + LANES * size, code, F), load(w, x + i + LANES), sum_b)
+        sum_c = fma(load_some(j + 2 * LANES * size, code, F), load(w, x + i + 2 * LANES), sum_c)
+        sum_d = fma(load_some(j + 3 * LANES * size, code, F), load(w, x + i + 3 * LANES), sum_d)
+    for i in range(blocks, whole, LANES):
+        sum_a = fma(load_some(a + i * size, code, F), load(w, x + i), sum_a)
+    if whole < inner:
+        # The last vector of a row ends with the row, and what was counted already meets zeros. A
+        # row of less than a vector is copied to where a vector can be read.
+        j = a + (inner - LANES) * size
+        if inner < LANES:
+            j = spare
+            copy_bytes(a, spare, inner * size)
+        sum_b = fma(load_some(j, code, F), load(pointer(spare, F), tail), sum_b)
+    return lanes_total((sum_a + sum_b) + (sum_c + sum_d))
+
+
+@njit(**INLINE)
+def _linear(args, at, task, base, F):
+    """BLOCK outputs of a product: y = W x, or y += W x."""
+    w, spare = pointer(args[WORK], F), pointer(base, F)
+    inner, code = args[at + INNER], args[at + CODE]
+    rest, start = inner % LANES, max(inner - LANES, 0)
+    if rest > 0:
+        store(spare, 0, zeros(F))
+        for r in range(args[BATCH]):
+            x, tail = args[at + X] + r * args[at + X_PITCH] + inner, (1 + r) * LANES
+            store(spare, tail, zeros(F))
+            for i in range(1, rest + 1):
+                spare[tail + inner - start - i] = w[x - i]
+    first = task * args[at + BLOCK]
+    for row in range(first, min(first + args[at + BLOCK], args[at + CHANNELS])):
+        a = args[at + WEIGHT] + row * inner * size_of(code)
+        for r in range(args[BATCH]):
+            x, tail = args[at + X] + r * args[at + X_PITCH], (1 + r) * LANES
+            if code == 4:
+                value = _dot(w, x, a, 4, inner, base, tail, F)
+            elif code == 1:
+                value = _dot(w, x, a, 1, inner, base, tail, F)
+            else:
+                value = _dot(w, x, a, code, inner, base, tail, F)
+            y = args[at + Y] + r * args[at + Y_PITCH] + row
+            if args[at + SCALE] != 0:
+                value *= pointer(args[at + SCALE], F)[row]
+            if args[at + BIAS] != 0:
+                value += pointer(args[at + BIAS], F)[row]
+            w[y] = w[y] + value if args[at + ADD] != 0 else value
+
+
+@njit(**INLINE)
+def _conv(args, at, task, base, F):
+    """One token through the convolution of a block of channels, and the state after it."""
+    w = pointer(args[WORK], F)
+    channels, taps = args[at + CHANNELS], args[at + TAPS]
+    blocks = (channels + WIDTH - 1) // WIDTH
+    row, first = task // blocks, task % blocks * WIDTH
+    last = min(first + WIDTH, channels)
+    x, y = args[at + X] + row * args[at + X_PITCH], args[at + Y] + row * args[at + Y_PITCH]
+    weight, spare = pointer(args[at + WEIGHT], F), pointer(base, F)
+    old, new = pointer(args[at + OLD], F), pointer(args[at + NEW], F)
+    before = row * (taps - 1) * channels
+    for c in range(first, last):
+        for j in range(taps):
+            spare[j * WIDTH + c - first] = weight[c * taps + j]
+    for c in range(first, last, LANES):
+        left, i, now, value = last - c, c - first, load(w, x + c), zeros(F)
+        if args[at + BIAS] != 0:
+            value = _some(pointer(args[at + BIAS], F), c, left)
+        value = fma(load(spare, (taps - 1) * WIDTH + i), now, value)
+        for d in range(1, taps):
+            j = taps - 1 - d
+            earlier = _some(old, before + j * channels + c, left)
+            value = fma(load(spare, j * WIDTH + i), earlier, value)
+            if j > 0:
+                store_first(new, before + (j - 1) * channels + c, earlier, left)
+        if taps > 1:
+            store_first(new, before + (taps - 2) * channels + c, now, left)
+        store(w, y + c, silu(value) if args[at + SILU] != 0 else value)
+
+
+@njit(**INLINE)
+def _scan(args, at, task, base, F):
+    """One token through the recurrence of a block of channels; a vector holds one channel."""
+    w, spare = pointer(args[WORK], F), pointer(base, F)
+    channels, states = args[at + CHANNELS], args[at + STATES]
+    blocks = (channels + WIDTH - 1) // WIDTH
+    row, first = task // blocks, task % blocks * WIDTH
+    last = min(first + WIDTH, channels)
+    x, y = args[at + X] + row * args[at + X_PITCH], args[at + Y] + row * args[at + Y_PITCH]
+    dt = args[at + DT] + row * args[at + DT_PITCH]
+    b_row = args[at + B] + row * args[at + BC_PITCH]
+    c_row = args[at + C] + row * args[at + BC_PITCH]
+    rates = pointer(args[at + WEIGHT], F)
+    old, new = pointer(args[at + OLD], F), pointer(args[at + NEW], F)
+    for c in range(first, last, LANES):
+        v = load(w, dt + c)
+        if args[at + BIAS] != 0:
+            v = v + _some(pointer(args[at + BIAS], F), c, last - c)
+        if args[at + SOFTPLUS] != 0:
+            v = softplus(v)
+        store(spare, c - first, v)
+    for c in range(first, last):
+        step, value = spare[c - first], w[x + c]
+        rate, dx, sums = splat(step * F(LOG2E)), splat(step * value), zeros(F)
+        for n in range(0, states, LANES):
+            left, i = states - n, (row * channels + c) * states + n
+            A = _some(rates, c * states + n, left)
+            if args[at + IS_LOG] != 0:
+                A = zeros(F) - exp(A)
+            h = _some(old, i, left) * exp2(rate * A)
+            h = fma(dx, _some(w, b_row + n, left), h)
+            store_first(new, i, h, left)
+            sums = fma(h, _some(w, c_row + n, left), sums)
+        total = lanes_total(sums)
+        if args[at + D] != 0:
+            total += pointer(args[at + D], F)[c] * value
+        w[y + c] = total
+    if args[at + Z] >= 0:
+        z = args[at + Z] + row * args[at + Z_PITCH]
+        for c in range(first, last, LANES):
+            store(w, y + c, load(w, y + c) * silu(load(w, z + c)))
+
+
+def build(F, size, stamp):
+    """The kernel in the arithmetic of `F`; `stamp` keys the cache on disk."""
+
+    def step(args):
+        stamp  # noqa: B018
+        base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
+        for stage in range(args[STAGES]):
+            at = FIRST_SLOT + stage * FIELDS
+            while True:
+                task = fetch_add(args, at + NEXT)
+                if task >= args[at + TASKS]:
+                    break
+                if args[at + KIND] == LINEAR:
+                    _linear(args, at, task, base, F)
+                elif args[at + KIND] == NORM:
+                    _norm(args, at, task, F)
+                elif args[at + KIND] == CONV:
+                    _conv(args, at, task, base, F)
+                else:
+                    _scan(args, at, task, base, F)
+                finish(args, at + DONE)
+            while load_acquire(args, at + DONE) < args[at + TASKS]:
+                pause()
+
+    return step
