@@ -1,4 +1,4 @@
-"""The command line: `mambapy train | generate | info`; each verb calls one function."""
+"""The command line: `mambapy train | generate | bench | info`; each verb calls one function."""
 
 import argparse
 import contextlib
@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mambapy
+from mambapy.bench.options import Options, add_flags
 from mambapy.errors import CheckpointError, ConfigError, DataError, MambapyError
 from mambapy.train.config import TrainConfig
+from mambapy.train.presets import PRESETS
 
 _TRAIN = """\
 examples:
   mambapy train                                   3 minutes on Python's own library, into runs/demo
   mambapy train --data book.txt --out runs/book --minutes 30
   mambapy train --config run.toml --lr 1e-3       the file's settings, then the flags
+  mambapy train --preset shakespeare --data tinyshakespeare.txt
   mambapy train --resume --out runs/book          go on after a stop, exactly
 """
 _GENERATE = """\
@@ -28,6 +31,13 @@ examples:
   mambapy generate runs/demo --prompt "def main("
   echo "import os" | mambapy generate runs/demo --num-tokens 500 --temperature 0.7
   mambapy generate runs/demo                      asks for prompts, where stdin is a terminal
+"""
+_BENCH = """\
+examples:
+  mambapy bench block --quick                     a first look, in seconds
+  mambapy bench scan --threads 2                  into benchmarks/results/scan.json
+  mambapy bench block --mamba-py DIR              beside mamba.py, installed in DIR
+  mambapy bench plot                              draw what the results hold
 """
 _INFO = """\
 examples:
@@ -69,14 +79,16 @@ def train(args: argparse.Namespace) -> None:
     names = {item.name for item in fields(TrainConfig)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
-        if args.config:
-            raise ConfigError("--resume uses the run's own settings; give flags, not --config")
+        if args.config or args.preset:
+            raise ConfigError(
+                "--resume uses the run's own settings; give flags, not --config or --preset"
+            )
         from mambapy.train.state import saved_config
 
         out = flags.pop("out", TrainConfig().out)
         config = saved_config(Path(out), **flags)
     else:
-        config = TrainConfig.from_toml(args.config, **flags)
+        config = TrainConfig.from_toml(args.config, args.preset, **flags)
     from mambapy.train.loop import train
 
     result = train(config, resume=args.resume, overwrite=args.overwrite, quiet=args.quiet)
@@ -88,7 +100,7 @@ def train(args: argparse.Namespace) -> None:
     winner = "below" if result["final_bpb"] < result["xz_bpb"] else "not below"
     print(
         f"held-out text ({result['held_out_bytes']:,} bytes): {result['final_bpb']:.3f} bits per "
-        f"byte, {winner} the {result['xz_bpb']:.3f} of xz -9\n"
+        f"byte ({result['final_nats']:.3f} nats per token), {winner} the {result['xz_bpb']:.3f} of xz -9\n"
         f"{result['step']} steps, {result['tokens']:,} tokens, {result['parameters']:,} "
         f"parameters, {result['seconds']:.0f} s; best weights of step {result['best_step']}\n"
         f"{result['out']}: {' '.join(files)}\n"
@@ -127,6 +139,23 @@ def generate(args: argparse.Namespace) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """`mambapy bench`."""
+    if args.kind == "plot":
+        from mambapy.bench.plots import plot
+
+        pictures = plot(Path(args.results), Path(args.out))
+        print(json.dumps(pictures) if args.json else "\n".join(pictures))
+        return
+    from mambapy.bench.run import bench
+
+    names = {item.name for item in fields(Options)}
+    options = Options(**{name: value for name, value in vars(args).items() if name in names})
+    result = bench(options, None if args.json else lambda line: print(line, flush=True))
+    if args.json:
+        print(json.dumps(result))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -177,9 +206,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="mambapy", description="Mamba language models: train, generate.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mambapy {mambapy.__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="train | generate | info", dest="verb")
+    metavar = "train | generate | bench | info"
+    verbs = parser.add_subparsers(required=True, metavar=metavar, dest="verb")
     _add_train(_verb(verbs, "train", train, "train a language model on text", _TRAIN))
     _add_generate(_verb(verbs, "generate", generate, "continue a prompt", _GENERATE))
+    add_flags(_verb(verbs, "bench", bench, "measure time and memory, beside others", _BENCH))
     flags = _verb(verbs, "info", info, "versions, devices and backends", _INFO)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -203,6 +234,8 @@ def _verb(
 
 def _add_train(verb: argparse.ArgumentParser) -> None:
     """The flags of `train`: every setting of TrainConfig, and how to run."""
+    presets = "; ".join(f"{name}: {preset.text}" for name, preset in PRESETS.items())
+    verb.add_argument("--preset", metavar="NAME", help=f"settings to start from ({presets})")
     verb.add_argument("--config", metavar="FILE", help="TOML file of settings, named as the flags")
     verb.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     verb.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")

@@ -64,7 +64,7 @@ def test_version(capsys: Any) -> None:
     assert capsys.readouterr().out == f"mambapy {mambapy.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "info"])
+@pytest.mark.parametrize("verb", ["train", "generate", "bench", "info"])
 def test_help_has_examples(verb: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as error:
         main([verb, "--help"])
@@ -91,7 +91,7 @@ def test_help_and_version_load_no_torch() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: train | generate | info"),
+        ([], "required: train | generate | bench | info"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--stpes", "3"], "unrecognized arguments: --stpes 3"),
         (["train", "--step", "3"], "unrecognized arguments: --step 3"),
@@ -107,6 +107,9 @@ def test_help_and_version_load_no_torch() -> None:
         (["generate"], "required: RUN_OR_CHECKPOINT"),
         (["generate", "gone", "--prompt", "x"], "gone: no such run folder or checkpoint"),
         (["generate", "gone", "--seed", "-1"], "argument --seed: -1 must be an integer from 0"),
+        (["bench"], "required: scan | block | train | decode | plot"),
+        (["bench", "block", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["bench", "plot", "--results", "OUT"], "no such folder"),
     ],
 )
 def test_mistake_is_one_line(args: list[str], message: str, capsys: Any, tmp_path: Path) -> None:

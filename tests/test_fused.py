@@ -244,9 +244,8 @@ def test_two_python_threads_on_one_model():
 
     def work(i):
         with torch.no_grad():
-            for _ in range(50):
-                if not torch.equal(lm.step(tokens[i], state)[0], expected[i]):
-                    wrong.append(i)
+            results = [lm.step(tokens[i], state)[0] for _ in range(50)]
+        wrong.extend(i for logits in results if not torch.equal(logits, expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:

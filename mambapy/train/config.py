@@ -12,6 +12,7 @@ from typing import Any
 
 from mambapy.config import BACKENDS
 from mambapy.errors import ConfigError
+from mambapy.train.presets import preset_settings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,6 +21,8 @@ else:
 
 # What `minutes` is when neither it nor `steps` is given.
 DEFAULT_MINUTES = 3.0
+# Share of the text that is not trained on.
+HELD_OUT_SHARE = 0.05
 
 
 def _setting(
@@ -51,6 +54,10 @@ class TrainConfig:
     out: str = _setting("runs/demo", "run folder, made where it is missing")
     cache: str = _setting("", "folder for the prepared tokens; empty: data/ in the run folder")
     tokenizer: str = _setting("byte", '"byte" or the path of a tokenizer.json', fixed=True)
+
+    held_out: float = _setting(
+        HELD_OUT_SHARE, "share of the text held out, 256 KiB at most", above=0, most=0.5, fixed=True
+    )
 
     model: str = _setting("mamba", "architecture", choices=("mamba",), fixed=True)
     d_model: int = _setting(192, "width of the residual stream", least=1, fixed=True)
@@ -147,11 +154,14 @@ class TrainConfig:
         return cls(**values)
 
     @classmethod
-    def from_toml(cls, path: str | Path | None, **overrides: Any) -> TrainConfig:
-        """Settings from a flat TOML file (None: no file), then from the overrides.
+    def from_toml(
+        cls, path: str | Path | None, preset: str | None = None, **overrides: Any
+    ) -> TrainConfig:
+        """Settings from a preset, then from a flat TOML file, then from the overrides.
 
         Raises:
-            ConfigError: the file is missing, is not TOML, or has an unknown key or bad value.
+            ConfigError: the file is missing, is not TOML, or has an unknown key or bad value; the
+                preset is unknown, or no data is named for it.
         """
         values: dict[str, Any] = {}
         if path is not None:
@@ -162,11 +172,10 @@ class TrainConfig:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{path} is not a TOML file: {error}") from error
-        # The two say the same thing: the later one wins.
-        for name, other in (("steps", "minutes"), ("minutes", "steps")):
-            if overrides.get(name) is not None and overrides.get(other) is None:
-                values.pop(other, None)
-        return cls.from_dict({**values, **overrides}, source=str(path) if path else "")
+        if preset is not None:
+            data = overrides.get("data") or values.get("data", "")
+            values = _later_wins(preset_settings(preset, data), values)
+        return cls.from_dict(_later_wins(values, overrides), source=str(path) if path else "")
 
     def resumed(self, **overrides: Any) -> TrainConfig:
         """These settings with some changed for the rest of a run.
@@ -187,6 +196,15 @@ class TrainConfig:
                 if name == "steps":
                     values["minutes"] = None
         return type(self).from_dict(values)
+
+
+def _later_wins(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, where steps and minutes say the same thing."""
+    values = dict(earlier)
+    for name, other in (("steps", "minutes"), ("minutes", "steps")):
+        if later.get(name) is not None and later.get(other) is None:
+            values.pop(other, None)
+    return {**values, **later}
 
 
 def _check(name: str, value: Any, kind: str, rule: Mapping[str, Any]) -> None:

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from mambapy.errors import DataError
 from mambapy.tokenizer import ByteTokenizer, Tokenizer
+from mambapy.train.config import HELD_OUT_SHARE
 from mambapy.train.text import Source, Text, find_texts, read_text
 
-# Held out: this share of the text, and at most this many bytes, so that all of it is evaluated.
-HELD_OUT_SHARE = 0.05
+# At most this many bytes are held out, so that all of them are evaluated.
 HELD_OUT_BYTES = 256 * 1024
 
 _FORMAT = 1
@@ -62,9 +62,9 @@ class Dataset:
             )
 
 
-def fingerprint(source: Source, tokenizer_name: str) -> str:
-    """Hash of the files' paths, sizes and times and of the tokenizer: the key of the cache."""
-    facts: list[Any] = [_FORMAT, HELD_OUT_SHARE, HELD_OUT_BYTES, str(source.root)]
+def fingerprint(source: Source, tokenizer_name: str, held_out: float) -> str:
+    """Hash of the files' paths, sizes and times, the tokenizer and the split: the cache's key."""
+    facts: list[Any] = [_FORMAT, held_out, HELD_OUT_BYTES, str(source.root)]
     for path in source.paths:
         try:
             stat = path.stat()
@@ -75,17 +75,30 @@ def fingerprint(source: Source, tokenizer_name: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def prepare(source: Source, tokenizer: Tokenizer, tokenizer_name: str, cache: Path) -> Dataset:
+def prepare(
+    source: Source,
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    cache: Path,
+    held_out: float = HELD_OUT_SHARE,
+) -> Dataset:
     """The dataset of a source, from the cache folder if it is there, otherwise made and put there.
+
+    Args:
+        source: the files.
+        tokenizer: text to ids.
+        tokenizer_name: its name or path.
+        cache: the folder.
+        held_out: share of the text to hold out, see `split`.
 
     Raises:
         DataError: the text is empty, too short or no text, or the cache cannot be written.
     """
-    key = fingerprint(source, tokenizer_name)
+    key = fingerprint(source, tokenizer_name, held_out)
     if (cache / key / "meta.json").is_file():
         return load(cache, key)
     texts, left_out = find_texts(source)
-    parts = split(texts, source.name)
+    parts = split(texts, source.name, held_out)
     temporary = cache / f".{key}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
@@ -119,10 +132,10 @@ def load(cache: Path, key: str) -> Dataset:
         raise DataError(f"prepared data in {folder} is missing or damaged: {error}") from error
 
 
-def split(texts: Sequence[Text], name: str) -> list[Part]:
+def split(texts: Sequence[Text], name: str, share: float = HELD_OUT_SHARE) -> list[Part]:
     """Which files are held out: whole ones in the order of a hash of their relative path.
 
-    They are taken while they fit into `HELD_OUT_SHARE` of the text and `HELD_OUT_BYTES`. Where
+    They are taken while they fit into that share of the text and `HELD_OUT_BYTES`. Where
     they do not fill half of that (a single file, for instance), the last part of the largest file
     is held out instead.
 
@@ -132,7 +145,7 @@ def split(texts: Sequence[Text], name: str) -> list[Part]:
     total = sum(text.size for text in texts)
     if total == 0:
         raise DataError(f"{name} has no text in it")
-    room = min(int(total * HELD_OUT_SHARE), HELD_OUT_BYTES)
+    room = min(int(total * share), HELD_OUT_BYTES)
     held_out: set[str] = set()
     left = room
     for text in sorted(texts, key=lambda t: hashlib.sha256(os.fsencode(t.relative)).digest()):
@@ -193,7 +206,7 @@ def _write(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path) -> dict[st
         total = sum(sizes.values())
         raise DataError(
             f"{parts[0].text.path} is too short: of its {total} bytes, "
-            f"{HELD_OUT_SHARE:.0%} must be held out and the others trained on"
+            "a share must be held out and the others trained on"
         )
     return {"dtype": dtype.name, "eos": eos, **sizes}
 

@@ -128,7 +128,7 @@ def _dataset(
         data = datasets.load(cache, payload["fingerprint"])
     else:
         source = open_source(config.data, exclude=Path(config.out))
-        data = datasets.prepare(source, tokenizer, config.tokenizer, cache)
+        data = datasets.prepare(source, tokenizer, config.tokenizer, cache, config.held_out)
     if payload is not None and data.fingerprint != payload["fingerprint"]:
         raise DataError(
             f"{config.data or 'the text'} has changed since the run in {config.out} began, and its "
@@ -227,6 +227,7 @@ def _finish(
     tokens = run.step * config.batch_size * config.accumulate * config.length
     result = {
         "final_bpb": bits_per_byte(total / count, count, data.held_out_bytes),
+        "final_nats": total / count,
         "xz_bpb": xz_bits_per_byte(data.held_out_text()),
         "held_out_bytes": data.held_out_bytes,
         "step": run.step,

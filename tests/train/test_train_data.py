@@ -202,15 +202,19 @@ def test_batches_reach_both_ends() -> None:
 
 
 def test_other_runs_are_no_data(corpus: Path, tmp_path: Path) -> None:
-    before = make(corpus, tmp_path).files
-    run = corpus / "runs" / "one"
+    folder = tmp_path / "folder"
+    shutil.copytree(corpus, folder)
+    before = make(folder, tmp_path).files
+    run = folder / "runs" / "one"
     (run / "data").mkdir(parents=True)
     for name in ("last.pt", "log.jsonl", "data/held_out.txt"):
         (run / name).write_text("text of another run\n" * 50)
-    assert make(corpus, tmp_path).files == before
+    assert make(folder, tmp_path).files == before
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the system refuses such names")
 def test_a_file_name_that_is_no_unicode(corpus: Path, tmp_path: Path) -> None:
-    Path(os.fsdecode(os.fsencode(corpus) + b"/bad\xff.txt")).write_text("some text\n" * 90)
-    assert make(corpus, tmp_path).files == 41
+    folder = tmp_path / "folder"
+    shutil.copytree(corpus, folder)
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.txt")).write_text("some text\n" * 90)
+    assert make(folder, tmp_path).files == 41
