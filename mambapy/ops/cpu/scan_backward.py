@@ -38,7 +38,7 @@ from mambapy.ops.cpu.scan_forward import (
 )
 from mambapy.ops.cpu.simd import FOLDED, LANES, fma, like, splat, zeros
 
-BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS = range(SIZES, SIZES + 5)
+BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, STARTS, GRAD_Y, GRAD_LAST = range(13)
 GRAD_X, GRAD_DT, GRAD_A, GRAD_B, GRAD_C, GRAD_D, GRAD_Z, GRAD_BIAS, GRAD_STATE = range(13, 22)
 
@@ -62,7 +62,7 @@ def build_backward(F, size, stamp):
         stamp  # noqa: B018
         batch_size, length, channels = args[BATCH], args[LENGTH], args[CHANNELS]
         states, soft = args[STATES], args[SOFTPLUS] != 0
-        blocks = (channels + WIDTH - 1) // WIDTH
+        blocks = (channels + args[BLOCK] - 1) // args[BLOCK]
         all_groups = (channels + LANES - 1) // LANES
         chunks = (length + CHUNK - 1) // CHUNK
         columns = (states + LANES - 1) // LANES * LANES
@@ -103,8 +103,8 @@ def build_backward(F, size, stamp):
             if task >= batch_size * blocks:
                 break
             batch, block = task // blocks, task % blocks
-            first = block * WIDTH
-            count = min(WIDTH, channels - first)
+            first = block * args[BLOCK]
+            count = min(args[BLOCK], channels - first)
             groups = (count + LANES - 1) // LANES
             load_rates(args, first, count, states, base, rate, pitch, F)
             load_state(

@@ -1,6 +1,6 @@
 """The forward kernel of the selective scan.
 
-A task is one batch row and one block of WIDTH channels, from the first step to the last. Its states
+A task is one batch row and one block of at most WIDTH channels, from the first step to the last. Its states
 stay in L1 as (group, states, LANES) for groups of LANES channels; steps are staged TILE at a time.
 The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of them for
 the decay.
@@ -33,7 +33,7 @@ TILE = 16
 CHUNK = 64
 PAD = 3 * LANES
 
-BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS = range(SIZES, SIZES + 5)
+BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, Y, STARTS, LAST = range(13)
 
 
@@ -109,7 +109,7 @@ def build_forward(F, size, stamp):
         stamp  # noqa: B018
         batch_size, length, channels = args[BATCH], args[LENGTH], args[CHANNELS]
         states, soft = args[STATES], args[SOFTPLUS] != 0
-        blocks = (channels + WIDTH - 1) // WIDTH
+        blocks = (channels + args[BLOCK] - 1) // args[BLOCK]
         all_groups = (channels + LANES - 1) // LANES
         columns = (states + LANES - 1) // LANES * LANES
 
@@ -130,8 +130,8 @@ def build_forward(F, size, stamp):
             task = fetch_add(args, NEXT_TASK)
             if task >= batch_size * blocks:
                 break
-            batch, first = task // blocks, (task % blocks) * WIDTH
-            count = min(WIDTH, channels - first)
+            batch, first = task // blocks, (task % blocks) * args[BLOCK]
+            count = min(args[BLOCK], channels - first)
             groups = (count + LANES - 1) // LANES
             load_rates(args, first, count, states, base, rate, pitch, F)
             load_state(args, STATE, batch, first, count, channels, states, base, state, pitch, F)

@@ -2,7 +2,7 @@
 
 A kernel is a C function of one pointer (`rows.py`). Workers take tasks from a shared atomic counter
 until none is left; what a task writes depends on its number only, so results are the same bits
-however the tasks fall.
+however the tasks fall. (How work is cut into tasks may follow the number of threads.)
 
 Threads come from OpenMP, by the very `GOMP_parallel` that torch's own loops and MKL use: after a
 matrix product its threads spin for milliseconds waiting for more work, and a second pool (Numba's

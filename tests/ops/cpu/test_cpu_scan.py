@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from mambapy.ops.cpu import selective_scan, step
+from mambapy.ops.cpu.selective_scan import channels_of_a_task
 from mambapy.ops.cpu.torch_ops import cpu_selective_scan
+from tests.helpers import assert_near
 from tests.ops.cpu import exact as reference
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")
@@ -179,16 +181,30 @@ def gradients(values, dtype=torch.float32):
     return [y.detach(), h.detach(), *[t.grad for t in v.values()]]
 
 
-def test_same_bits_again_and_with_other_threads():
-    values = inputs(3, 200, 300, 16)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_same_bits_again_and_outputs_with_any_threads(batch):
+    values = inputs(batch, 200, 300, 16)
     first = gradients(values)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 4, 7, 16):
             torch.set_num_threads(threads)
-            assert all(torch.equal(a, c) for a, c in zip(first, gradients(values), strict=True))
+            found, again = gradients(values), gradients(values)
+            assert all(torch.equal(a, c) for a, c in zip(found, again, strict=True))
+            assert all(torch.equal(a, c) for a, c in zip(first[:2], found[:2], strict=True))
+            # Sums over channels are made in blocks, whose width follows the threads.
+            for a, c in zip(first, found, strict=True):
+                assert_near(c, a, 1e-6)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_batch_of_one_fills_every_thread(monkeypatch):
+    for threads, e in ((2, 1536), (12, 1536), (16, 1536), (16, 512), (4, 64)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        width = channels_of_a_task(1, e)
+        rounds = -(-(-(-e // width)) // threads)
+        assert rounds * width * threads <= 1.34 * max(e, 32 * threads)
 
 
 def test_two_python_threads():
