@@ -100,7 +100,8 @@ def train(args: argparse.Namespace) -> None:
     winner = "below" if result["final_bpb"] < result["xz_bpb"] else "not below"
     print(
         f"held-out text ({result['held_out_bytes']:,} bytes): {result['final_bpb']:.3f} bits per "
-        f"byte ({result['final_nats']:.3f} nats per token), {winner} the {result['xz_bpb']:.3f} of xz -9\n"
+        f"byte, {winner} the {result['xz_bpb']:.3f} of xz -9; {result['final_nats']:.3f} nats per "
+        "token\n"
         f"{result['step']} steps, {result['tokens']:,} tokens, {result['parameters']:,} "
         f"parameters, {result['seconds']:.0f} s; best weights of step {result['best_step']}\n"
         f"{result['out']}: {' '.join(files)}\n"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mambapy.ops import reference
+from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import scan_in_place
 
@@ -46,7 +47,7 @@ def selective_scan(
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ops.selective_scan`, a chunk at a time. Returns y (b, l, e) and the last state (b, e, n)."""
-    y, last, _ = _forward(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus)
+    y, last, _ = _call_forward(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus)
     return y, last
 
 
@@ -212,7 +213,7 @@ def _autograd(
 ) -> tuple[Tensor | bool | None, ...]:
     """The gradient of `_forward`; itself differentiable where a second derivative is asked for."""
     *tensors, bounds = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and transform() is None:
         grads = reference.differentiable_gradients(
             lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
                 *(x, dt, A, B, C, D, z),
@@ -226,12 +227,14 @@ def _autograd(
             (grad_y, grad_last),
         )
     else:
-        grads = _backward(grad_y, grad_last, bounds, *tensors, ctx.dt_softplus)
+        grads = _call_backward(grad_y, grad_last, bounds, *tensors, ctx.dt_softplus)
     given = [g if t is not None else None for g, t in zip(grads, tensors[:9], strict=True)]
     return (*given, None, None)  # none for seq_idx and dt_softplus
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+# vmap folds its axis into the batch where only x, dt, B, C, z, state or seq_idx have one.
+_call_forward = differentiable(_forward, _setup_context, _autograd, rows=(0, 1, 3, 4, 6, 8, 9))
+_call_backward = differentiable(_backward, nothing, never_twice)
 
 
 def _states(

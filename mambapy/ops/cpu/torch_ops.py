@@ -4,10 +4,8 @@ torch.func.vmap.
 Each backward is a custom op as well. It has no derivative of its own: a second backward raises.
 """
 
-from collections.abc import Callable
-
 # A schema of older torch is read from List, not from list.
-from typing import Any, List
+from typing import List
 
 import torch
 from torch import Tensor
@@ -15,103 +13,9 @@ from torch.library import custom_op
 
 from mambapy.ops import reference
 from mambapy.ops.cpu import conv1d, norm, selective_scan
+from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
 from mambapy.ops.dispatch import is_traced
 from mambapy.ops.reference import differentiable_gradients
-
-_ONCE = "this CPU kernel has no second derivative here: use backend='reference' or 'pscan'"
-
-
-def _never_twice(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(_ONCE)
-
-
-def _nothing(ctx: Any, inputs: tuple, output: Any) -> None:
-    """Save nothing: there is no backward."""
-
-
-def _transform() -> Any:
-    """The innermost torch.func transform (grad, vmap, ...) that is active, or None."""
-    return torch._C._functorch.peek_interpreter_stack()
-
-
-def _map_rule(call: Callable, rows: tuple[int, ...], kind: type) -> Callable:
-    """vmap: fold the mapped axis into the batch where only inputs `rows` are mapped; else one call
-    after another."""
-
-    def fold(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-        if value is None:
-            return None
-        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
-        return value.flatten(0, 1)
-
-    def rule(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        size = info.batch_size
-        pairs = [
-            (v, d if isinstance(v, Tensor) else None) for v, d in zip(inputs, in_dims, strict=True)
-        ]
-        if all(i in rows for i, (_, dim) in enumerate(pairs) if dim is not None):
-            outputs = call(
-                *[fold(v, d, size) if i in rows else v for i, (v, d) in enumerate(pairs)]
-            )
-            single = isinstance(outputs, Tensor)
-            outputs = [outputs] if single else list(outputs)
-            dims = [0 if out.numel() else None for out in outputs]
-            outputs = [out.unflatten(0, (size, -1)) if out.numel() else out for out in outputs]
-        else:
-            calls = [
-                call(*[v if d is None else v.select(d, i) for v, d in pairs]) for i in range(size)
-            ]
-            single = isinstance(calls[0], Tensor)
-            outputs = (
-                [torch.stack(calls)]
-                if single
-                else [torch.stack(c) for c in zip(*calls, strict=True)]
-            )
-            dims = [0] * len(outputs)
-        return (outputs[0], dims[0]) if single else (kind(outputs), kind(dims))
-
-    return rule
-
-
-def _differentiable(
-    op: Callable,
-    setup: Callable,
-    gradient: Callable,
-    rows: tuple[int, ...] = (),
-    kind: type = tuple,
-) -> Callable:
-    """Register autograd and vmap for `op`, and return a call of it that torch.func.grad goes
-    through as well.
-
-    torch.func.grad refuses custom ops with registered autograd, but not an autograd.Function around
-    them.
-
-    Args:
-        op: the custom op; `kind` is the type of several outputs.
-        setup, gradient: as for `register_autograd`.
-        rows: the inputs whose first axis is the batch, if rows of the batch do not depend on each
-            other.
-    """
-
-    def call(*args):
-        transform = None if torch.compiler.is_compiling() else _transform()
-        if transform is not None and transform.key() == torch._C._functorch.TransformType.Grad:
-            return Around.apply(*args)
-        result = op(*args)
-        return tuple(result) if isinstance(result, list) else result
-
-    class Around(torch.autograd.Function):
-        @staticmethod
-        def forward(*args):
-            return call(*args)
-
-        setup_context = staticmethod(setup)
-        backward = staticmethod(gradient)
-        vmap = staticmethod(_map_rule(call, rows, tuple))
-
-    op.register_autograd(gradient, setup_context=setup)
-    op.register_vmap(_map_rule(call, rows, kind))
-    return call
 
 
 @custom_op("mambapy::cpu_selective_scan", mutates_args=())
@@ -182,7 +86,7 @@ def _scan_setup(ctx, inputs, output):
 
 
 def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
-    if torch.is_grad_enabled() and _transform() is None:
+    if torch.is_grad_enabled() and transform() is None:
         _, *tensors, seq_idx = ctx.saved_tensors
         grads = differentiable_gradients(
             lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
@@ -206,9 +110,9 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None)
 
 
-_call_scan = _differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
+_call_scan = differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
 # Gradients of weights are sums over the batch: folding would add up what vmap keeps apart.
-_call_scan_backward = _differentiable(_scan_backward, _nothing, _never_twice, kind=list)
+_call_scan_backward = differentiable(_scan_backward, nothing, never_twice, kind=list)
 
 
 @custom_op("mambapy::cpu_causal_conv1d", mutates_args=())
@@ -255,7 +159,7 @@ def _conv_setup(ctx, inputs, output):
 
 def _conv_gradient(ctx, grad_y):
     tensors = ctx.saved_tensors
-    if torch.is_grad_enabled() and _transform() is None:
+    if torch.is_grad_enabled() and transform() is None:
         *tensors, seq_idx = tensors
         grads = differentiable_gradients(
             lambda x, weight, bias, state: reference.causal_conv1d(
@@ -273,8 +177,8 @@ def _conv_gradient(ctx, grad_y):
     return (*[None if t is None else next(grads) for t in tensors[:4]], None, None)
 
 
-_call_conv = _differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
-_call_conv_backward = _differentiable(_conv_backward, _nothing, _never_twice, kind=list)
+_call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
+_call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
 
 
 @custom_op("mambapy::cpu_rms_norm", mutates_args=())
@@ -312,7 +216,7 @@ def _norm_gradient(ctx, grad_y, grad_s):
     s, weight = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(s)
-    if torch.is_grad_enabled() and _transform() is None and not ctx.fused:
+    if torch.is_grad_enabled() and transform() is None and not ctx.fused:
         grads = differentiable_gradients(
             lambda x, weight: reference.rms_norm(x, weight, ctx.eps),
             (s, weight),
@@ -326,8 +230,8 @@ def _norm_gradient(ctx, grad_y, grad_s):
     return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None
 
 
-_call_norm = _differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
-_call_norm_backward = _differentiable(_norm_backward, _nothing, _never_twice)
+_call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
+_call_norm_backward = differentiable(_norm_backward, nothing, never_twice)
 
 
 def _has_gradient(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,105 @@
+"""Custom operators that autograd, torch.compile and torch.func all go through."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[..., Any]
+
+_ONCE = "this operator has no second derivative here: use backend='reference' or 'pscan'"
+
+
+def never_twice(ctx: Any, *grads: Tensor) -> None:
+    """The backward of a backward: it raises."""
+    raise RuntimeError(_ONCE)
+
+
+def nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save nothing: there is no backward."""
+
+
+def transform() -> Any:
+    """The innermost torch.func transform (grad, vmap, ...) that is active, or None."""
+    return torch._C._functorch.peek_interpreter_stack()
+
+
+def _map_rule(call: Call, rows: tuple[int, ...], kind: type) -> Call:
+    """vmap: the mapped axis is folded into the batch where only `rows` are mapped; else a loop."""
+
+    def fold(value: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+        if value is None:
+            return None
+        value = value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)
+        return value.flatten(0, 1)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        pairs = [
+            (v, d if isinstance(v, Tensor) else None) for v, d in zip(inputs, in_dims, strict=True)
+        ]
+        if all(i in rows for i, (_, dim) in enumerate(pairs) if dim is not None):
+            outputs = call(
+                *[fold(v, d, size) if i in rows else v for i, (v, d) in enumerate(pairs)]
+            )
+            single = isinstance(outputs, Tensor)
+            outputs = [outputs] if single else list(outputs)
+            dims = [0 if out.numel() else None for out in outputs]
+            outputs = [out.unflatten(0, (size, -1)) if out.numel() else out for out in outputs]
+        else:
+            calls = [
+                call(*[v if d is None else v.select(d, i) for v, d in pairs]) for i in range(size)
+            ]
+            single = isinstance(calls[0], Tensor)
+            outputs = (
+                [torch.stack(calls)]
+                if single
+                else [torch.stack(c) for c in zip(*calls, strict=True)]
+            )
+            dims = [0] * len(outputs)
+        return (outputs[0], dims[0]) if single else (kind(outputs), kind(dims))
+
+    return rule
+
+
+def differentiable(
+    op: Any,
+    setup: Call,
+    gradient: Call,
+    rows: tuple[int, ...] = (),
+    kind: type = tuple,
+) -> Call:
+    """Register autograd and vmap for `op`; returns a call of it for torch.func.grad as well.
+
+    torch.func.grad refuses custom ops with registered autograd, but not an autograd.Function around
+    them.
+
+    Args:
+        op: the custom op.
+        setup: what to save for the backward pass, as for `register_autograd`.
+        gradient: the backward pass, likewise.
+        rows: the inputs whose first axis is the batch, if rows of the batch do not depend on each
+            other.
+        kind: the type of several outputs, as the op's schema has it.
+    """
+
+    def call(*args: Any) -> Any:
+        active = None if torch.compiler.is_compiling() else transform()
+        if active is not None and active.key() == torch._C._functorch.TransformType.Grad:
+            return Around.apply(*args)  # type: ignore[no-untyped-call]
+        result = op(*args)
+        return tuple(result) if isinstance(result, list) else result
+
+    class Around(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return call(*args)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
+        vmap = staticmethod(_map_rule(call, rows, tuple))
+
+    op.register_autograd(gradient, setup_context=setup)
+    op.register_vmap(_map_rule(call, rows, kind))
+    return call
