@@ -249,7 +249,7 @@ def forward(
     ]
     args = pack([b, l, e, k, activation], tensors)
     scratch = (LANES + (2 * k + 2 * TILE) * WIDTH) * F.itemsize
-    run(compiled(build_forward, F), args, b * -(-e // WIDTH), scratch)
+    run(compiled(build_forward, F), args, b * -(-e // WIDTH), scratch, b * l * e * k)
     return y
 
 
@@ -284,7 +284,7 @@ def backward(
     tensors += [None if given_state is None else grad_state]
     args = pack([b, l, e, k, activation], tensors)
     scratch = (LANES + (4 * k + 2 + 3 * TILE) * WIDTH) * F.itemsize
-    run(compiled(build_backward, F), args, b * -(-e // WIDTH), scratch)
+    run(compiled(build_backward, F), args, b * -(-e // WIDTH), scratch, 3 * b * l * e * k)
     # Parts are by tap, the newest first: (b, k, e) -> (e, k).
     grad_weight = grad_weight.sum(0).flip(0).t().to(weight.dtype)
     grad_bias = None if grad_bias is None else grad_bias.sum(0).to(bias.dtype)

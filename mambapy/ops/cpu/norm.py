@@ -158,7 +158,7 @@ def forward(
     args = pack([rows, d, constant.data_ptr()], tensors)
     width = -(-d // LANES) * LANES
     scratch = (LANES + FOLDED + 3 * width) * F.itemsize
-    run(compiled(build_forward, F), args, -(-rows // ROWS), scratch)
+    run(compiled(build_forward, F), args, -(-rows // ROWS), scratch, 3 * rows * d)
     return y, s
 
 
@@ -186,5 +186,5 @@ def backward(
     args = pack([rows, d, constant.data_ptr()], tensors)
     width = -(-d // LANES) * LANES
     scratch = (LANES + 2 * FOLDED + 5 * width) * F.itemsize
-    run(compiled(build_backward, F), args, tasks, scratch)
+    run(compiled(build_backward, F), args, tasks, scratch, 6 * rows * d)
     return grad_x, grad_weight.sum(0).to(weight.dtype)

@@ -22,6 +22,11 @@ def _inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else rowwise(t.detach(), dtype) for t in tensors]
 
 
+def _sum(parts: Tensor) -> Tensor:
+    """The sum over the first axis."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+
+
 def channels_of_a_task(b: int, e: int) -> int:
     """The width of a block of channels: full, or less where that leaves no thread idle.
 
@@ -87,7 +92,7 @@ def forward(
     block = channels_of_a_task(b, e)
     args = pack([b, l, e, n, dt_softplus, block], tensors)
     scratch = scan_forward.forward_floats(n) * F.itemsize
-    run(compiled(scan_forward.build_forward, F), args, b * -(-e // block), scratch)
+    run(compiled(scan_forward.build_forward, F), args, b * -(-e // block), scratch, b * l * e * n)
     return y, last, starts
 
 
@@ -131,10 +136,10 @@ def backward(
     tensors += [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
     args = pack([b, l, e, n, dt_softplus, block], tensors)
     scratch = scan_backward.backward_floats(n) * F.itemsize
-    run(compiled(scan_backward.build_backward, F), args, b * blocks, scratch)
+    run(compiled(scan_backward.build_backward, F), args, b * blocks, scratch, 3 * b * l * e * n)
 
     parts = [grad_A, grad_B, grad_C, grad_D, grad_bias]
-    grad_A, grad_B, grad_C, grad_D, grad_bias = [None if p is None else p.sum(0) for p in parts]
+    grad_A, grad_B, grad_C, grad_D, grad_bias = [None if p is None else _sum(p) for p in parts]
     grads = [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
     return [
         None if grad is None else grad.to(tensor.dtype)

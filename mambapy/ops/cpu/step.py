@@ -16,8 +16,8 @@ from mambapy.ops.cpu.rows import CODES, FIRST_SLOT, SIZES
 from mambapy.ops.cpu.simd import LANES
 from mambapy.ops.cpu.threads import arithmetic, compiled, run
 
-# A thread is worth waking for that many multiplications: 50 microseconds or so.
-WORK_OF_A_THREAD = 50_000
+# Tasks are counted by stage: as many workers may come as there are threads.
+MANY = 1 << 30
 # Measured: with 100 kB a task, memory gave two thirds of what it gives with 500 kB.
 BYTES_OF_A_TASK = 500_000
 
@@ -168,8 +168,7 @@ class StepPlan:
         for at, *pair in zip(self._states, states, new, strict=True):
             args[at], args[at + 1] = [T.data_ptr() for T in pair]
         scratch = max((1 + self.batch) * LANES, self._taps * kernel.WIDTH) * self.dtype.itemsize
-        threads = max(1, self._work // WORK_OF_A_THREAD)
-        run(compiled(kernel.build, self.dtype), args, threads, scratch)
+        run(compiled(kernel.build, self.dtype), args, MANY, scratch, self._work)
         return new
 
     def result(self, rows: Rows) -> Tensor:

@@ -32,6 +32,8 @@ from mambapy.ops.cpu.rows import SCRATCH, SCRATCH_BYTES
 
 _SIGNATURE = types.void(types.CPointer(types.int64))
 _TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# A thread is worth waking for that many multiplications: some tens of microseconds.
+WORK_OF_A_THREAD = 50_000
 _local = threading.local()
 _compiling = threading.Lock()
 
@@ -111,7 +113,7 @@ def _python_pool(workers: int) -> ThreadPoolExecutor:
 
 
 def run(
-    kernel: Callable, args: np.ndarray, tasks: int, scratch_bytes: int = 0, threads: int = 1 << 30
+    kernel: Callable, args: np.ndarray, tasks: int, scratch_bytes: int, work: int
 ) -> None:
     """Run `kernel` until its `tasks` tasks are done, on at most torch.get_num_threads() threads.
 
@@ -120,9 +122,9 @@ def run(
         args: from `rows.pack`; the place and size of the scratch memory are filled in here.
         tasks: how many tasks the kernel will draw.
         scratch_bytes: local buffer of each worker.
-        threads: use no more than this many, for little work.
+        work: multiplications, about; little work does not wake every thread.
     """
-    workers = max(1, min(tasks, threads, torch.get_num_threads()))
+    workers = max(1, min(tasks, work // WORK_OF_A_THREAD, torch.get_num_threads()))
     # Rounded to pages, so that no two workers share a cache line.
     scratch_bytes = -(-scratch_bytes // 4096) * 4096
     memory = getattr(_local, "memory", None)
