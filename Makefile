@@ -1,6 +1,7 @@
 # make demo   train a small model on this machine's own Python source, and let it write
 # make test   the whole test suite
 # make check  format, lint, types, imports
+# make bench  time and memory beside the floor, mamba.py and transformers: half an hour
 # A second make reuses the virtual environment.
 
 PYTHON ?= python3
@@ -9,8 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN ?= runs/demo
 DATA ?=
+BENCH ?=
+RIVALS := $(VENV)/rivals
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(VENV)/installed
 	$(BIN)/mambapy train --out $(RUN) --minutes 3 --overwrite $(if $(DATA),--data $(DATA))
@@ -23,6 +26,13 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/installed-dev $(RIVALS)
+	$(BIN)/mambapy bench scan --mamba-py $(RIVALS) $(BENCH)
+	$(BIN)/mambapy bench block --mamba-py $(RIVALS) $(BENCH)
+	$(BIN)/mambapy bench train --mamba-py $(RIVALS) $(BENCH)
+	$(BIN)/mambapy bench decode --mamba-py $(RIVALS) $(BENCH)
+	$(BIN)/mambapy bench plot
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
@@ -38,6 +48,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	touch $(VENV)/installed $@
+
+# mamba.py is called mambapy too: it needs a folder of its own.
+$(RIVALS): | $(VENV)/bin/python
+	$(PIP) --no-deps --target $@ mambapy==1.2.0
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambapy.ops.dispatch import is_traced
+
 Call = Callable[..., Any]
 
 _ONCE = "this operator has no second derivative here: use backend='reference' or 'pscan'"
@@ -83,13 +85,32 @@ def differentiable(
             other.
         kind: the type of several outputs, as the op's schema has it.
     """
+    # Eagerly the function itself runs: the operator's own machinery would take longer than the
+    # kernel does for few tokens.
+    function = op._init_fn
+
+    def as_tuple(result: Any) -> Any:
+        # autograd.Function watches no tensors in a list.
+        return tuple(result) if isinstance(result, list) else result
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return as_tuple(function(*args))
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradient)
 
     def call(*args: Any) -> Any:
+        if not is_traced():
+            watched = torch.is_grad_enabled() and any(
+                isinstance(arg, Tensor) and arg.requires_grad for arg in args
+            )
+            return as_tuple((Eager.apply if watched else function)(*args))
         active = None if torch.compiler.is_compiling() else transform()
         if active is not None and active.key() == torch._C._functorch.TransformType.Grad:
             return Around.apply(*args)  # type: ignore[no-untyped-call]
-        result = op(*args)
-        return tuple(result) if isinstance(result, list) else result
+        return as_tuple(op(*args))
 
     class Around(torch.autograd.Function):
         @staticmethod

@@ -55,8 +55,15 @@ def register(op: str, backends: Sequence[Backend]) -> tuple[Backend, ...]:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or torch.func runs this: tensors then have no values to look at."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether torch.compile, torch.func or a dispatch mode (fake tensors, for instance) looks on.
+
+    What happens must then go through torch's operators.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def pick(

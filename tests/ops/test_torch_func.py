@@ -46,4 +46,6 @@ def test_vmap_and_vmap_of_grad(backend, mapped):
         expected = loss(one)
         assert_near(values[i], expected.detach(), 1e-12)
         wanted = torch.autograd.grad(expected, list(one.values()))
-        assert_near({name: T[i] for name, T in grads.items()}, dict(zip(one, wanted)), 1e-12)
+        assert_near(
+            {name: T[i] for name, T in grads.items()}, dict(zip(one, wanted, strict=True)), 1e-12
+        )

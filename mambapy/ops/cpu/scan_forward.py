@@ -1,8 +1,8 @@
 """The forward kernel of the selective scan.
 
 A task is one batch row and one block of up to WIDTH channels, from the first step to the last. Its
-states stay in L1 as (group, states, LANES) for groups of LANES channels; steps are staged TILE at a time.
-The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of them for
+states stay in L1 as (group, states, LANES) for groups of LANES channels; steps are staged TILE at a
+time. The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of them for
 the decay.
 
 Buffers that are read and written together are interleaved, or apart by PAD: a load waits for an

@@ -112,9 +112,7 @@ def _python_pool(workers: int) -> ThreadPoolExecutor:
         return _pool[1]
 
 
-def run(
-    kernel: Callable, args: np.ndarray, tasks: int, scratch_bytes: int, work: int
-) -> None:
+def run(kernel: Callable, args: np.ndarray, tasks: int, scratch_bytes: int, work: int) -> None:
     """Run `kernel` until its `tasks` tasks are done, on at most torch.get_num_threads() threads.
 
     Args:

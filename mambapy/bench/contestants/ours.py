@@ -1,0 +1,84 @@
+"""This library."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambapy import ops
+from mambapy.lm import LM
+from mambapy.mamba import MambaBlock, MambaConfig
+from mambapy.optim import make_optimizer
+
+Sizes = dict[str, int]
+Options = dict[str, Any]
+
+
+def scan(sizes: Sizes, options: Options) -> Callable[..., Tensor]:
+    """The op on the backend of the options."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        return ops.selective_scan(*inputs, backend=options["backend"])
+
+    return run
+
+
+def scan_facts(*inputs: Tensor) -> dict[str, str]:
+    """Which backend "auto" takes for this call: without gradients, and with them."""
+    with torch.no_grad():
+        forward = ops.explain("selective_scan", *inputs)
+    verdicts = {"forward": forward, "training": ops.explain("selective_scan", *inputs)}
+    return {
+        name: next(verdict.backend for verdict in found if verdict.chosen)
+        for name, found in verdicts.items()
+    }
+
+
+def block(sizes: Sizes, options: Options) -> nn.Module:
+    """One mixer."""
+    return MambaBlock(_config(sizes, options))
+
+
+def language_model(sizes: Sizes, options: Options) -> LM:
+    """The whole model, with a tied head."""
+    return LM(_config(sizes, options), sizes["vocab_size"]).train()
+
+
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the library's parameter groups."""
+    return make_optimizer(model, lr=1e-3)
+
+
+class Decoder:
+    """The model as generation uses it."""
+
+    def __init__(self, model: LM) -> None:
+        self.model = model
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]:
+        """The last position's logits, and the state."""
+        logits, state = self.model.prefill(tokens, logits_to_keep=1)
+        return logits[:, -1], state
+
+    def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next logits, and the next state."""
+        return self.model.step(token, state)
+
+
+def decoder(sizes: Sizes, options: Options) -> Decoder:
+    """A model with random weights, in the precision of the options."""
+    model = language_model(sizes, options).eval()
+    if options["weights"] != "float32":
+        model.quantize(options["weights"])
+    return Decoder(model)
+
+
+def _config(sizes: Sizes, options: Options) -> MambaConfig:
+    """The architecture of a case."""
+    return MambaConfig(
+        d_model=sizes["d_model"],
+        d_state=sizes["d_state"],
+        n_layers=sizes.get("n_layers", 1),
+        backend=options.get("backend", "auto"),
+    )

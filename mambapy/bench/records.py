@@ -1,0 +1,93 @@
+"""What the results say of one pass of one case, as plain values for JSON."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mambapy.bench.cases import Case
+from mambapy.bench.measure import Timing
+from mambapy.bench.process import Run
+
+Record = dict[str, Any]
+
+
+def make(
+    case: Case,
+    pass_: str,
+    timings: Mapping[str, Timing],
+    runs: Mapping[str, Run],
+    facts: Mapping[str, dict[str, Any]],
+) -> Record:
+    """A record: the case's name and sizes, the pass, and a dict for each contestant."""
+    contestants: dict[str, dict[str, Any]] = {}
+    for name, timing in timings.items():
+        # The floor has its results' memory from the start, so its own says nothing.
+        measured = case.fresh and name != "floor"
+        contestants[name] = {
+            "median_s": timing.median_s,
+            "q1_s": timing.q1_s,
+            "q3_s": timing.q3_s,
+            "rounds": timing.rounds,
+            "peak_bytes": runs[name].peak_bytes if measured else None,
+            "process_bytes": runs[name].process_bytes if measured else None,
+        }
+        if tokens := _tokens(case, pass_):
+            contestants[name]["tokens_per_s"] = tokens / timing.median_s
+    record = {
+        "name": case.name,
+        **case.sizes,
+        "pass": pass_,
+        "sweeps": [*case.sweeps],
+        "contestants": contestants,
+    }
+    if case.kind == "scan":
+        _add_auto(record, facts)
+    return record
+
+
+def add_bandwidth(
+    record: Record, bytes_per_s: float, tokens: int, facts: Mapping[str, dict[str, Any]]
+) -> None:
+    """Say what decoding read of its weights, and add the floor: to read them in float32 alone.
+
+    Args:
+        record: of the pass "decode"; it is added to.
+        bytes_per_s: bandwidth of the memory, measured in the same run.
+        tokens: how many the pass decodes.
+        facts: `weight_bytes` of each contestant.
+    """
+    record["bandwidth_bytes_per_s"] = bytes_per_s
+    for name, found in record["contestants"].items():
+        weight_bytes = facts[name]["weight_bytes"]
+        found["weight_bytes"] = weight_bytes
+        found["bandwidth_fraction"] = weight_bytes * found["tokens_per_s"] / bytes_per_s
+    if "mambapy float32" in record["contestants"]:
+        weight_bytes = facts["mambapy float32"]["weight_bytes"]
+        seconds = tokens * weight_bytes / bytes_per_s
+        floor = {
+            "median_s": seconds,
+            "q1_s": seconds,
+            "q3_s": seconds,
+            "rounds": 0,
+            "peak_bytes": None,
+            "process_bytes": None,
+            "tokens_per_s": bytes_per_s / weight_bytes,
+            "weight_bytes": weight_bytes,
+            "bandwidth_fraction": 1.0,
+        }
+        record["contestants"] = {"floor": floor, **record["contestants"]}
+
+
+def _tokens(case: Case, pass_: str) -> int | None:
+    """The tokens that one run of a pass works through, for kinds told in tokens a second."""
+    if case.kind not in ("train", "decode"):
+        return None
+    return case.sizes["batch"] * case.sizes["tokens" if pass_ == "decode" else "length"]
+
+
+def _add_auto(record: Record, facts: Mapping[str, dict[str, Any]]) -> None:
+    """Say which backend "auto" takes, and its time over that of the fastest named one."""
+    found = record["contestants"]
+    named = [found[name]["median_s"] for name in found if name not in ("auto", "mamba.py")]
+    if "auto" in found:
+        record["auto_takes"] = facts["auto"][record["pass"]]
+        record["auto_over_best"] = found["auto"]["median_s"] / min(named) if named else None

@@ -1,0 +1,186 @@
+"""What is measured: for each kind and pass, one run of a contestant on random inputs.
+
+A contestant is a module of contestants/. It gives the library's own scan, block, language model or
+decoder; everything around them (inputs, gradients, the optimiser step, the greedy loop) is here,
+the same for all. The floor gives `products` instead, and only those are run.
+
+worker.py loads this file by path; nothing here may import mambapy.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Passes = dict[str, Callable[[], Any]]
+Sizes = dict[str, int]
+
+# What a tiny copy of a case may have at most; d_state stays, since kernels may depend on it.
+TINY = {
+    "batch": 1,
+    "length": 4,
+    "d_model": 32,
+    "d_inner": 64,
+    "n_layers": 1,
+    "vocab_size": 64,
+    "tokens": 2,
+    "bandwidth_bytes": 1 << 16,
+}
+# Decoding starts after a prompt of this many tokens; its cost does not depend on how many.
+DECODE_PROMPT = 8
+
+
+def shrink(sizes: Sizes) -> Sizes:
+    """The same case, tiny."""
+    return {name: min(size, TINY.get(name, size)) for name, size in sizes.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def build(
+    contestant: Any, kind: str, sizes: Sizes, options: dict[str, Any], device: str
+) -> tuple[Passes, dict[str, Any]]:
+    """Each pass of a kind as a function without arguments, and facts about the contestant."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        if hasattr(contestant, "products"):
+            return _floor(contestant, kind, sizes)
+        return _KINDS[kind](contestant, sizes, options)
+
+
+def _floor(contestant: Any, kind: str, sizes: Sizes) -> tuple[Passes, dict[str, Any]]:
+    """The matrix products alone; with `decode` also a read of much memory."""
+    products = contestant.products(kind, sizes)
+
+    def forward() -> None:
+        for product in products:
+            product.forward()
+
+    def training() -> None:
+        for product in products:
+            product.training()
+
+    if kind == "train":
+        return {"step": training}, {}
+    if kind == "decode":
+        passes: Passes = {"prefill": forward, "bandwidth": contestant.memory_read(sizes)}
+        return passes, {"read_bytes": sizes["bandwidth_bytes"]}
+    return {"forward": forward, "training": training}, {}
+
+
+def _scan(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
+    """The selective scan alone, with its skip D and without gate, bias and softplus."""
+    b, l, e, n = (sizes[name] for name in ("batch", "length", "d_inner", "d_state"))
+    inputs = (
+        torch.randn(b, l, e),
+        # Step sizes as a trained block has them, log-uniform from 0.001 to 0.1.
+        torch.exp(math.log(0.001) + torch.rand(b, l, e) * math.log(100.0)),
+        -torch.arange(1.0, n + 1).repeat(e, 1),
+        torch.randn(b, l, n),
+        torch.randn(b, l, n),
+        torch.randn(e),
+    )
+    for T in inputs:
+        T.requires_grad_()
+    scan = contestant.scan(sizes, options)
+    facts = contestant.scan_facts(*inputs) if hasattr(contestant, "scan_facts") else {}
+    return _forward_and_training(scan, inputs, (b, l, e)), facts
+
+
+def _block(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
+    """One block, (b, l, d) -> (b, l, d); training makes the gradients of input and weights."""
+    shape = sizes["batch"], sizes["length"], sizes["d_model"]
+    x = torch.randn(shape).requires_grad_()
+    return _forward_and_training(contestant.block(sizes, options), (x,), shape), {}
+
+
+def _forward_and_training(
+    function: Any, inputs: tuple[Tensor, ...], output_shape: tuple[int, ...]
+) -> Passes:
+    """A pass without gradients, and one with those of all inputs and weights."""
+    parameters = [*function.parameters()] if isinstance(function, nn.Module) else []
+    leaves = (*inputs, *parameters)
+    gradient = torch.randn(output_shape)
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    def training() -> None:
+        for T in leaves:
+            T.grad = None
+        torch.autograd.backward(function(*inputs), gradient)
+
+    return {"forward": forward, "training": training}
+
+
+def _train(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
+    """One step as `mambapy train` does it: loss, gradients, clipping, AdamW."""
+    model = contestant.language_model(sizes, options)
+    if hasattr(contestant, "optimizer"):
+        optimizer = contestant.optimizer(model)
+    else:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+    tokens = torch.randint(sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(tokens[:, :-1])  # (b, l, v)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        loss.item()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return {"step": step}, {}
+
+
+def _decode(
+    contestant: Any, sizes: Sizes, options: dict[str, Any]
+) -> tuple[Passes, dict[str, Any]]:
+    """A prompt read at once, and tokens drawn greedily one after the other."""
+    decoder = contestant.decoder(sizes, options)
+    vocab_size = sizes["vocab_size"]
+    prompt = torch.randint(vocab_size, (sizes["batch"], sizes["length"]))
+
+    def prefill() -> None:
+        with torch.no_grad():
+            decoder.prefill(prompt)
+
+    with torch.no_grad():
+        logits, state = decoder.prefill(prompt[:, :DECODE_PROMPT])
+
+    def decode() -> None:
+        token, at = logits.argmax(dim=-1), state
+        with torch.no_grad():
+            for _ in range(sizes["tokens"]):
+                # The weights may have rows beyond the vocabulary.
+                step, at = decoder.step(token, at)
+                token = step[:, :vocab_size].argmax(dim=-1)
+
+    return {"prefill": prefill, "decode": decode}, {"weight_bytes": weight_bytes(decoder.model)}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that one token reads: every parameter and buffer once.
+
+    Of an embedding a token reads one row, so its table counts only where the head shares it.
+    """
+    tensors: dict[int, Tensor] = {}
+    for module in model.modules():
+        if not type(module).__name__.endswith("Embedding"):
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            tensors.update((T.data_ptr(), T) for T in own)
+    return sum(T.numel() * T.element_size() for T in tensors.values())
+
+
+_KINDS = {"scan": _scan, "block": _block, "train": _train, "decode": _decode}
