@@ -47,9 +47,14 @@ class WideParameters(nn.Module):
         return self
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def widen(T: Tensor) -> Tensor:
     """T in float32 or wider."""
-    return T.to(torch.promote_types(T.dtype, torch.float32))
+    return T.to(wide(T.dtype))
 
 
 class RMSNorm(nn.Module):

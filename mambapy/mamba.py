@@ -31,7 +31,7 @@ from mambapy.config import MambaConfig
 from mambapy.errors import ShapeError
 from mambapy.fused import FusedStep
 from mambapy.init import init_A_log, rescale_residual
-from mambapy.layers import DtProjection, Mixer, ResidualBlock, is_plain, product, widen
+from mambapy.layers import DtProjection, Mixer, ResidualBlock, is_plain, product, wide, widen
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState, SSMState
 
@@ -332,14 +332,14 @@ class MambaBlock(Mixer):
         if not isinstance(state, SSMState):
             raise ShapeError(f"{name} must be an SSMState, got {type(state).__name__}")
         expected = {"conv": (batch_size, k - 1, e), "ssm": (batch_size, e, n)}
+        dtype, device = wide(self.A_log.dtype), self.A_log.device
         for field, shape in expected.items():
-            T, like = getattr(state, field), widen(self.A_log)
+            T = getattr(state, field)
             if T.shape != shape:
                 raise ShapeError(f"{name}: {field} must be {shape}, got {tuple(T.shape)}")
-            if T.dtype != like.dtype or T.device != like.device:
+            if T.dtype != dtype or T.device != device:
                 raise ShapeError(
-                    f"{name}: {field} must be {like.dtype} on {like.device}, "
-                    f"got {T.dtype} on {T.device}"
+                    f"{name}: {field} must be {dtype} on {device}, got {T.dtype} on {T.device}"
                 )
 
     def _mix(

@@ -2,8 +2,8 @@
 
 A task is one batch row and one block of up to WIDTH channels, from the first step to the last. Its
 states stay in L1 as (group, states, LANES) for groups of LANES channels; steps are staged TILE at a
-time. The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of them for
-the decay.
+time. The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of
+them for the decay.
 
 Buffers that are read and written together are interleaved, or apart by PAD: a load waits for an
 earlier store whose address differs by a multiple of 4096 bytes, which cost 10 to 24 % of the time.

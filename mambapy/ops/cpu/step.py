@@ -162,7 +162,11 @@ class StepPlan:
             self._view(place).copy_(x)
         for copy, T in self._copies:
             copy.copy_(T)
-        states = [T.detach().to(self.dtype).contiguous() for T in states]
+        ready = [T.dtype == self.dtype and T.is_contiguous() for T in states]
+        states = [
+            T if is_ready else T.detach().to(self.dtype).contiguous()
+            for T, is_ready in zip(states, ready, strict=True)
+        ]
         new = [torch.empty_like(T) for T in states]
         args = self._args.copy()
         for at, *pair in zip(self._states, states, new, strict=True):

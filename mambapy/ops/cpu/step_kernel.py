@@ -75,31 +75,45 @@ def _norm(args, at, row, F):
 
 
 @njit(**INLINE)
-def _dot(w, x, a, code, inner, spare, tail, F):
-    """x · (inner numbers of dtype `code` at address a); `code` is a constant where it counts."""
+def _two_dots(w, x, a, b, code, inner, spare, tail, F):
+    """x · (inner numbers of dtype `code` at address a), and at b; `code` is best a constant."""
     size = size_of(code)
-    whole = inner // LANES * LANES
-    # One row after another keeps the stream of weights sequential, as prefetching wants it; four
-    # sums keep the multipliers busy.
-    sum_a, sum_b, sum_c, sum_d = zeros(F), zeros(F), zeros(F), zeros(F)
-    blocks = inner // (4 * LANES) * 4 * LANES
-    for i in range(0, blocks, 4 * LANES):
-        j = a + i * size
-        sum_a = fma(load_some(j, code, F), load(w, x + i), sum_a)
-        sum_b = fma(load_some(j + LANES * size, code, F), load(w, x + i + LANES), sum_b)
-        sum_c = fma(load_some(j + 2 * LANES * size, code, F), load(w, x + i + 2 * LANES), sum_c)
-        sum_d = fma(load_some(j + 3 * LANES * size, code, F), load(w, x + i + 3 * LANES), sum_d)
-    for i in range(blocks, whole, LANES):
-        sum_a = fma(load_some(a + i * size, code, F), load(w, x + i), sum_a)
+    sum_a, more_a, sum_b, more_b = zeros(F), zeros(F), zeros(F), zeros(F)
+    pairs, whole = inner // (2 * LANES) * 2 * LANES, inner // LANES * LANES
+    for i in range(0, pairs, 2 * LANES):
+        v, more, j = load(w, x + i), load(w, x + i + LANES), i * size
+        sum_a = fma(load_some(a + j, code, F), v, sum_a)
+        more_a = fma(load_some(a + j + LANES * size, code, F), more, more_a)
+        sum_b = fma(load_some(b + j, code, F), v, sum_b)
+        more_b = fma(load_some(b + j + LANES * size, code, F), more, more_b)
+    if pairs < whole:
+        v, j = load(w, x + pairs), pairs * size
+        sum_a = fma(load_some(a + j, code, F), v, sum_a)
+        sum_b = fma(load_some(b + j, code, F), v, sum_b)
     if whole < inner:
         # The last vector of a row ends with the row, and what was counted already meets zeros. A
         # row of less than a vector is copied to where a vector can be read.
-        j = a + (inner - LANES) * size
-        if inner < LANES:
-            j = spare
+        v, j = load(pointer(spare, F), tail), (inner - LANES) * size
+        if inner >= LANES:
+            more_a = fma(load_some(a + j, code, F), v, more_a)
+            more_b = fma(load_some(b + j, code, F), v, more_b)
+        else:
             copy_bytes(a, spare, inner * size)
-        sum_b = fma(load_some(j, code, F), load(pointer(spare, F), tail), sum_b)
-    return lanes_total((sum_a + sum_b) + (sum_c + sum_d))
+            more_a = fma(load_some(spare, code, F), v, more_a)
+            copy_bytes(b, spare, inner * size)
+            more_b = fma(load_some(spare, code, F), v, more_b)
+    return lanes_total(sum_a + more_a), lanes_total(sum_b + more_b)
+
+
+@njit(**INLINE)
+def _put(args, at, r, row, value, F):
+    """Scale one output of a product, add bias and residual, and write it."""
+    w, y = pointer(args[WORK], F), args[at + Y] + r * args[at + Y_PITCH] + row
+    if args[at + SCALE] != 0:
+        value *= pointer(args[at + SCALE], F)[row]
+    if args[at + BIAS] != 0:
+        value += pointer(args[at + BIAS], F)[row]
+    w[y] = w[y] + value if args[at + ADD] != 0 else value
 
 
 @njit(**INLINE)
@@ -116,22 +130,25 @@ def _linear(args, at, task, base, F):
             for i in range(1, rest + 1):
                 spare[tail + inner - start - i] = w[x - i]
     first = task * args[at + BLOCK]
-    for row in range(first, min(first + args[at + BLOCK], args[at + CHANNELS])):
+    last = min(first + args[at + BLOCK], args[at + CHANNELS])
+    # Two streams of weights, each sequential, keep memory busier than one: a row of either half.
+    half = (last - first + 1) // 2
+    for row in range(first, first + half):
+        other = min(row + half, last - 1)
         a = args[at + WEIGHT] + row * inner * size_of(code)
+        b = args[at + WEIGHT] + other * inner * size_of(code)
         for r in range(args[BATCH]):
             x, tail = args[at + X] + r * args[at + X_PITCH], (1 + r) * LANES
             if code == 4:
-                value = _dot(w, x, a, 4, inner, base, tail, F)
+                one, two = _two_dots(w, x, a, b, 4, inner, base, tail, F)
             elif code == 1:
-                value = _dot(w, x, a, 1, inner, base, tail, F)
+                one, two = _two_dots(w, x, a, b, 1, inner, base, tail, F)
             else:
-                value = _dot(w, x, a, code, inner, base, tail, F)
-            y = args[at + Y] + r * args[at + Y_PITCH] + row
-            if args[at + SCALE] != 0:
-                value *= pointer(args[at + SCALE], F)[row]
-            if args[at + BIAS] != 0:
-                value += pointer(args[at + BIAS], F)[row]
-            w[y] = w[y] + value if args[at + ADD] != 0 else value
+                one, two = _two_dots(w, x, a, b, code, inner, base, tail, F)
+            _put(args, at, r, row, one, F)
+            # Where the halves differ, the last row comes twice.
+            if row + half < last:
+                _put(args, at, r, other, two, F)
 
 
 @njit(**INLINE)
