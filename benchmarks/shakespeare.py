@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,11 @@ from torch.nn import functional
 
 import mambapy
 from mambapy.bench.machine import facts
+from mambapy.layers import QUANTIZED
+from mambapy.lm import LM
+from mambapy.tokenizer import ByteTokenizer
 from mambapy.train import TrainConfig, train
+from mambapy.train.validation import nats
 
 # nanoGPT, config/train_shakespeare_char.py with the flags of its README's CPU example.
 BATCH, LENGTH, WIDTH, HEADS, LAYERS, STEPS = 12, 64, 128, 4, 4, 2000
@@ -103,6 +108,13 @@ def train_gpt(text: np.ndarray) -> dict[str, float]:
     }
 
 
+def quantized_nats(folder: str, held_out: np.ndarray, kind: str) -> float:
+    """The loss of a run's model on bytes with its weights in fewer bits."""
+    model = LM.from_pretrained(folder).quantize(kind)
+    total, count = nats(model, held_out, ByteTokenizer().eos_token_id, autocast=nullcontext)
+    return total / count
+
+
 def losses(model: GPT, ids: np.ndarray, starts: np.ndarray) -> Tensor:
     """The loss of every token of the windows that begin at `starts`."""
     windows = torch.from_numpy(np.stack([ids[s : s + LENGTH + 1] for s in starts]))
@@ -122,8 +134,11 @@ def main() -> None:
         options = {"out": folder, "plot": "never", "samples": 0, "minutes": gpt["seconds"] / 60}
         config = TrainConfig.from_toml(None, "shakespeare", data=args.data, **options)
         result = train(config)
+        held_out = np.fromfile(next(Path(folder).glob("data/*/held_out.txt")), np.uint8)
+        quantized = {kind: quantized_nats(folder, held_out, kind) for kind in QUANTIZED}
     ours = {
         "nats": result["final_nats"],
+        "nats_quantized": quantized,
         **{name: result[name] for name in ("seconds", "tokens", "parameters")},
     }
     record = {

@@ -1,5 +1,6 @@
 """README's Python blocks run as printed, one after the other; its commands exist."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -60,3 +61,13 @@ def test_files_it_links_to_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         if "://" not in link:
             assert (README.parent / link).exists(), link
+
+
+def test_speeds_are_the_recorded_ones():
+    path = README.parent / "benchmarks/readme.py"
+    spec = importlib.util.spec_from_file_location("readme_figures", path)
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    assert figures.fill(TEXT) == TEXT
+    for name, make in figures.PARTS.items():
+        assert make() in TEXT, name

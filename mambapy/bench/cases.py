@@ -25,7 +25,7 @@ class Case:
         contestants: names, keys of `rivals.WHO`.
         passes: "forward" and "training", or what the kind has instead.
         sweeps: the curves of the plots that this case is a point of.
-        fresh: whether each contestant has a process of its own; only then is memory measured.
+        fresh: whether each contestant has a new process for it; only then is memory measured.
         budget_s: seconds for the rounds of each contestant.
         least_s: seconds that a run takes at least; less work is repeated to fill them.
         limit_s: a first run longer than this is the only one.

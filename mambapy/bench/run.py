@@ -16,8 +16,6 @@ from mambapy.bench.process import BUILD_SECONDS, Run, Worker, without_paths
 from mambapy.bench.table import Table, Write
 from mambapy.errors import ConfigError
 
-# Reads of memory before the decoding, and as many after it; the fastest counts.
-BANDWIDTH_READS = 5
 # A contestant may be expected to need that share of the machine's memory.
 MEMORY_SHARE = 0.5
 
@@ -92,7 +90,7 @@ class Session:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the processes that several cases share."""
+        """End the processes that served several cases."""
         for worker in self._shared.values():
             worker.close()
 
@@ -117,12 +115,10 @@ class Session:
         for name, worker in workers.items():
             if not worker.alive:
                 self._leave_out(name, case, pass_, "its process was ended in another pass")
-            elif (name, pass_) != ("floor", "decode"):
-                runs[name] = Run(name, worker, pass_, case.patience_s, case.least_s)
-        reads = []
-        if pass_ == "decode" and "floor" in workers:
-            read = Run("floor", workers["floor"], "bandwidth", case.patience_s)
-            reads = [read.seconds() for _ in range(BANDWIDTH_READS)]
+            else:
+                # The floor of decoding is how fast memory can be read, in the same rounds.
+                what = "bandwidth" if (name, pass_) == ("floor", "decode") else pass_
+                runs[name] = Run(name, worker, what, case.patience_s, case.least_s)
         timings, failures = alternate(
             [*runs.values()],
             limit_s=case.limit_s,
@@ -133,10 +129,10 @@ class Session:
         for name, run in runs.items():
             if run.first_s is not None:
                 self._seen.setdefault((name, pass_), []).append((case, run.first_s))
+        read = timings.pop("floor", None) if pass_ == "decode" else None
         record = records.make(case, pass_, timings, runs, facts)
-        if reads:
-            reads += [read.seconds() for _ in range(BANDWIDTH_READS)]
-            bandwidth = facts["floor"]["read_bytes"] / min(reads)
+        if read is not None:
+            bandwidth = facts["floor"]["read_bytes"] / read.median_s
             records.add_bandwidth(record, bandwidth, case.sizes["tokens"], facts)
         return record
 
@@ -172,16 +168,15 @@ class Session:
         return None
 
     def _worker(self, name: str, case: Case, stack: contextlib.ExitStack) -> Worker:
-        """A process for a contestant: its own, or the one that its library's contestants share."""
-        library = rivals.WHO[name].library
-        if not case.fresh and library in self._shared and self._shared[library].alive:
-            return self._shared[library]
-        options = self.options
-        worker = Worker(self.libraries.folders[library], options.threads, options.device)
+        """A process for a contestant: for this case alone, or the one it had in earlier cases."""
+        if not case.fresh and name in self._shared and self._shared[name].alive:
+            return self._shared[name]
+        options, folder = self.options, self.libraries.folders[rivals.WHO[name].library]
+        worker = Worker(folder, options.threads, options.device)
         if case.fresh:
             stack.enter_context(worker)
         else:
-            self._shared[library] = worker
+            self._shared[name] = worker
         return worker
 
     def _build(self, case: Case, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:

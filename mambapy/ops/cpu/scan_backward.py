@@ -96,7 +96,6 @@ def build_backward(F, size, stamp):
         decays = carried + LANES
         grad_b = carried + 2 * CHUNK * states * LANES
         grad_c = grad_b + FOLDED
-        end = grad_b + 2 * CHUNK * states * FOLDED
 
         while True:
             task = fetch_add(args, NEXT_TASK)
@@ -143,7 +142,7 @@ def build_backward(F, size, stamp):
                             grad = load(w, gy + at)
                             store(w, gy + at, grad * out)
                             store(w, gz + at, grad * gate_slope)
-                for i in range(grad_b, end, LANES):
+                for i in range(grad_b, grad_b + 2 * rows * states * FOLDED, LANES):
                     store(w, i, zeros(F))
 
                 for j in range(groups):

@@ -76,7 +76,7 @@ def _norm(args, at, row, F):
 
 @njit(**INLINE)
 def _two_dots(w, x, a, b, code, inner, spare, tail, F):
-    """x · (inner numbers of dtype `code` at address a), and at b; `code` is best a constant."""
+    """x · (inner numbers of dtype `code` at address a), and at b; `code` must be a constant."""
     size = size_of(code)
     sum_a, more_a, sum_b, more_b = zeros(F), zeros(F), zeros(F), zeros(F)
     pairs, whole = inner // (2 * LANES) * 2 * LANES, inner // LANES * LANES
@@ -141,10 +141,14 @@ def _linear(args, at, task, base, F):
             x, tail = args[at + X] + r * args[at + X_PITCH], (1 + r) * LANES
             if code == 4:
                 one, two = _two_dots(w, x, a, b, 4, inner, base, tail, F)
+            elif code == 2:
+                one, two = _two_dots(w, x, a, b, 2, inner, base, tail, F)
             elif code == 1:
                 one, two = _two_dots(w, x, a, b, 1, inner, base, tail, F)
+            elif code == 3:
+                one, two = _two_dots(w, x, a, b, 3, inner, base, tail, F)
             else:
-                one, two = _two_dots(w, x, a, b, code, inner, base, tail, F)
+                one, two = _two_dots(w, x, a, b, 8, inner, base, tail, F)
             _put(args, at, r, row, one, F)
             # Where the halves differ, the last row comes twice.
             if row + half < last:

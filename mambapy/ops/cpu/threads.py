@@ -64,11 +64,15 @@ def _compile(build: Callable, dtype: torch.dtype) -> Callable:
     except RuntimeError:
         # Numba finds no place to write: neither the folder, nor the user's cache directory.
         compiled = cfunc(_SIGNATURE, error_model="numpy")(function)
-    seconds = time.perf_counter() - start
-    if seconds > 2 and not compiled.cache_hits:
-        message = f"mambapy: compiled {build.__module__}.{build.__name__} in {seconds:.1f} s (once)"
-        sys.stderr.write(message + "\n")
+    if time.perf_counter() - start > 2 and not compiled.cache_hits:
+        _announce()
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+
+
+@cache
+def _announce() -> None:
+    """Say, once a process, why the first calls take so long."""
+    sys.stderr.write("mambapy: compiling kernels for this CPU, seconds each; kept on disk\n")
 
 
 def compiled(build: Callable, dtype: torch.dtype) -> Callable:

@@ -1,0 +1,111 @@
+"""README's figures from the records in results/: `python benchmarks/readme.py` writes them anew.
+
+A test compares README with what this file makes.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+HEADLINE = "block-b1-l1024-d768-n16"
+MAMBA_PY = ("mamba.py 1.2", "mamba.py")
+
+
+def load(kind: str) -> dict[str, Any]:
+    """A record."""
+    return json.loads((HERE / "results" / f"{kind}.json").read_text(encoding="utf-8"))
+
+
+def table(*rows: list[str]) -> str:
+    """Rows as a table of Markdown, the first as its head."""
+    head, *rest = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *rest])
+
+
+def block() -> str:
+    """Times of a block over those of its matrix products."""
+    found = {c["pass"]: c["contestants"] for c in load("block")["cases"] if c["name"] == HEADLINE}
+    names = [
+        ("its four matrix products", "floor"),
+        ("mambapy", "mambapy"),
+        ("mambapy, plain PyTorch (`chunked`)", "chunked"),
+        MAMBA_PY,
+        ("transformers", "transformers"),
+    ]
+    rows = []
+    for label, name in names:
+        passes = [found[one] for one in ("forward", "training")]
+        ratios = [one[name]["median_s"] / one["floor"]["median_s"] for one in passes]
+        rows.append(
+            [label, *[f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0f}" for ratio in ratios]]
+        )
+    head = ["one block, d_model 768, length 1024", "forward", "forward + backward"]
+    return table(head, *rows)
+
+
+def train() -> str:
+    """Speed and memory of training."""
+    found = load("train")["cases"][0]["contestants"]
+    rows = [
+        [
+            label,
+            f"{found[name]['tokens_per_s']:,.0f}",
+            f"{found[name]['process_bytes'] / 1e9:.1f} GB",
+        ]
+        for label, name in (("mambapy", "mambapy"), MAMBA_PY)
+    ]
+    rows.insert(0, ["its matrix products", f"{found['floor']['tokens_per_s']:,.0f}", ""])
+    head = ["training, d_model 256, 6 layers, 16 x 256", "tokens a second", "memory of the process"]
+    return table(head, *rows)
+
+
+def decode() -> str:
+    """Speed of reading a prompt, and of writing."""
+    found = {c["pass"]: c["contestants"] for c in load("decode")["cases"]}
+    names = [
+        ("mambapy", "mambapy float32"),
+        ('mambapy, `quantize("bfloat16")`', "mambapy bfloat16"),
+        ('mambapy, `quantize("int8")`', "mambapy int8"),
+        MAMBA_PY,
+        ("transformers", "transformers"),
+    ]
+    rows = [
+        [label, *[f"{found[one][name]['tokens_per_s']:,.0f}" for one in ("prefill", "decode")]]
+        for label, name in names
+    ]
+    head = [
+        "130 million parameters, batch 1",
+        "prompt of 512, tokens a second",
+        "new tokens a second",
+    ]
+    return table(head, *rows)
+
+
+def shakespeare() -> str:
+    """What was learnt in the same time."""
+    found = load("shakespeare")
+    theirs, ours = found["nanogpt_recipe"], found["mambapy"]
+    return (
+        f"In the {theirs['seconds']:.0f} seconds that nanoGPT's recipe for a CPU took to reach "
+        f"{theirs['nats']:.2f} nats a character on tinyshakespeare's\nlast tenth, "
+        f"`mambapy train --preset shakespeare` reached **{ours['nats']:.2f}**, with "
+        f"{ours['parameters'] / theirs['parameters']:.0%} of the parameters."
+    )
+
+
+PARTS = {"block": block, "train": train, "decode": decode, "shakespeare": shakespeare}
+
+
+def fill(text: str) -> str:
+    """README's text with every part between its marks made anew."""
+    for name, make in PARTS.items():
+        mark = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(mark, lambda m, make=make: m[1] + make() + "\n" + m[2], text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
