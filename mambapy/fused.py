@@ -110,7 +110,13 @@ class FusedStep(nn.Module):
     def _make_plan(self, x: Tensor, dtype: torch.dtype) -> _Planned:
         """Plan a step as the model is now."""
         snapshot, plan = Snapshot(self), ops.step_plan(x.shape[0], dtype)
-        output = self.plan_step(plan, plan.input("residual", x.shape[1]))
+        # Numbers elsewhere than in plain CPU memory (another device, a quantised tensor of another
+        # library) have no address that a kernel could read.
+        readable = all(
+            type(P) in (nn.Parameter, Tensor) and P.device.type == "cpu" for P in self.parameters()
+        )
+        residual = plan.input("residual", x.shape[1])
+        output = self.plan_step(plan, residual) if readable else None
         return _Planned(x.shape[0], dtype, snapshot, plan, output)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mambapy import ops
 from mambapy.config import MambaConfig
+from mambapy.errors import ShapeError
 from mambapy.lm import LM
 from mambapy.mamba import Mamba
 from tests.helpers import assert_near
@@ -253,6 +254,25 @@ def test_two_python_threads_on_one_model():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+class Wrapped(torch.Tensor):
+    """A tensor whose numbers are not where its address says, as other libraries quantise."""
+
+
+def test_weights_that_have_no_address_are_left_to_torch():
+    lm = model()
+    layer = lm.backbone.layers[0].mixer.in_proj
+    weight = layer.weight.detach().as_subclass(Wrapped)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert type(layer.weight) is Wrapped
+    check(lm, fused=False)
+
+
+def test_weights_on_another_device_raise():
+    stack = Mamba(MambaConfig(d_model=8, n_layers=1)).to("meta")
+    with torch.no_grad(), pytest.raises(ShapeError, match="weight is on meta, x on cpu"):
+        stack.step(torch.randn(1, 8), stack.init_state(1))
 
 
 def test_who_refuses_and_why():

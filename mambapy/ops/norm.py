@@ -22,7 +22,7 @@ def rms_norm(
         y, of x's shape and dtype.
 
     Raises:
-        ShapeError: the weight does not fit x, or x is not floating point.
+        ShapeError: the weight does not fit x or is elsewhere, or x is not floating point.
         BackendError: the backend asked for cannot run this.
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
@@ -31,6 +31,8 @@ def rms_norm(
         raise ShapeError(f"x must be floating point, got {x.dtype}")
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ShapeError(f"weight must be (d) = {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if weight is not None and weight.device != x.device:
+        raise ShapeError(f"weight is on {weight.device}, x on {x.device}")
     run = dispatch.pick("rms_norm", BACKENDS, backend, x, weight, eps)
     with dispatch.without_autocast(x):
         return run(x, weight, eps)

@@ -2,8 +2,8 @@
 
 backend         what the dispatch of mambapy.ops sees
 torch_ops       the kernels as torch operators, with gradients
-selective_scan  conv1d  norm  step       kernels and what launches them
-scan_forward  scan_backward              the two kernels of the scan
+selective_scan  conv1d  norm  step       kernels, or what launches them
+scan_forward  scan_backward  step_kernel the kernels of the scan and of a decoding step
 exp             exp, softplus, SiLU on vectors
 rows            how a kernel sees tensors of any dtype and stride
 memory  simd    loads, stores and arithmetic on vectors of 32 numbers
