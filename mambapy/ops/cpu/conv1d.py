@@ -7,7 +7,6 @@ its document has just begun.
 """
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from mambapy.ops.cpu.exp import silu, silu_and_slope
@@ -26,7 +25,7 @@ from mambapy.ops.cpu.rows import (
     stage,
     unstage,
 )
-from mambapy.ops.cpu.simd import INLINE, INNER, LANES, fma, zeros
+from mambapy.ops.cpu.simd import LANES, fma, inline, inner, zeros
 from mambapy.ops.cpu.threads import arithmetic, compiled, run
 
 WIDTH = 128
@@ -37,7 +36,7 @@ BATCH, LENGTH, CHANNELS, TAPS, SILU = range(SIZES, SIZES + 5)
 X, WEIGHT, BIAS, STATE, SEQ, Y, GRAD_Y, GRAD_X, GRAD_WEIGHT, GRAD_BIAS, GRAD_STATE = range(11)
 
 
-@njit(**INNER)
+@inner
 def load_taps(args, first, count, taps, base, offset, F):
     """Stage the weights (e, k) as (tap, channel): tap d is for the input d steps back."""
     buffer, weight = pointer(base, F), pointer(place(args, WEIGHT, 0, 0, 0), F)
@@ -49,7 +48,7 @@ def load_taps(args, first, count, taps, base, offset, F):
             buffer[offset + d * WIDTH + c] = value
 
 
-@njit(**INLINE)
+@inline
 def next_reach(args, batch, step, reach, taps):
     """How far back the taps of `step` may look, given the reach of the step before it."""
     if not given(args, SEQ) or step == 0:
@@ -61,7 +60,7 @@ def next_reach(args, batch, step, reach, taps):
     return min(reach + 1, taps - 1)
 
 
-@njit(**INNER)
+@inner
 def begin_task(args, batch, first, count, taps, base, weight, bias, xs, F):
     """Stage weights, bias and the rows before the first step."""
     w = pointer(base, F)
@@ -76,7 +75,7 @@ def begin_task(args, batch, first, count, taps, base, weight, bias, xs, F):
         stage(args, STATE, batch, 0, taps - 1, first, count, base, xs, WIDTH, F)
 
 
-@njit(**INNER)
+@inner
 def move_rows(base, source, target, rows, F):
     """Copy `rows` rows of a block within the scratch memory, from the first to the last."""
     w = pointer(base, F)

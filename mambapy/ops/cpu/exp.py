@@ -10,13 +10,11 @@ errors of the polynomials: exp2 3.4e-18 (float64); log1p 4.7e-9 (float32), 9.1e-
 
 import math
 
-from numba import njit
-
 from mambapy.ops.cpu.simd import (
-    INLINE,
     add_to_exponent,
     constant,
     fma,
+    inline,
     largest,
     like,
     polynomial,
@@ -72,7 +70,7 @@ _exp_tail = polynomial(_EXP)
 _exp2_tail, _log1p_ratio = polynomial(_EXP2), polynomial(_LOG1P)
 
 
-@njit(**INLINE)
+@inline
 def exp2(r):
     """2^r; 0 for r <= -127 (float64: -1023), inf from 128 (1024), NaN for NaN; below the normals,
     not exact."""
@@ -83,7 +81,7 @@ def exp2(r):
     return add_to_exponent(fma(_exp2_tail(f), f, like(r, 1.0)), k)
 
 
-@njit(**INLINE)
+@inline
 def exp(x):
     """e^x within 2 ulp; results below the smallest normal number are 0."""
     k = x * like(x, LOG2E) + _magic(x)
@@ -94,7 +92,7 @@ def exp(x):
     return where_greater(x, _exp_high(x), like(x, math.inf), value)
 
 
-@njit(**INLINE)
+@inline
 def softplus_and_slope(v):
     """(softplus(v), its derivative sigmoid(v)); as in torch, softplus(v) = v and slope 1 for v >
     20."""
@@ -107,26 +105,26 @@ def softplus_and_slope(v):
     return where_greater(v, linear, v, soft), where_greater(v, linear, one, slope)
 
 
-@njit(**INLINE)
+@inline
 def softplus(v):
     """log(1 + e^v); v for v > 20."""
     return softplus_and_slope(v)[0]
 
 
-@njit(**INLINE)
+@inline
 def sigmoid(v):
     """1 / (1 + e^-v)."""
     u = exp(smallest(v, like(v, 0.0) - v))
     return where_greater(v, like(v, 0.0), like(v, 1.0), u) / (like(v, 1.0) + u)
 
 
-@njit(**INLINE)
+@inline
 def silu(v):
     """v * sigmoid(v)."""
     return v * sigmoid(v)
 
 
-@njit(**INLINE)
+@inline
 def silu_and_slope(v):
     """(silu(v), its derivative s (1 + v (1 - s)) with s = sigmoid(v))."""
     s = sigmoid(v)

@@ -14,7 +14,7 @@ last block live here and nowhere else.
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from mambapy.ops.cpu.memory import (
@@ -27,7 +27,7 @@ from mambapy.ops.cpu.memory import (
     store_bfloat16,
     store_float16,
 )
-from mambapy.ops.cpu.simd import INLINE, INNER, LANES, zeros
+from mambapy.ops.cpu.simd import INLINE, LANES, inline, inner, zeros
 
 # The arguments begin with two shared counters and the scratch memory, then the kernel's own sizes,
 # then the slots.
@@ -76,19 +76,19 @@ def pack(sizes: list[int], tensors: list[torch.Tensor | None]) -> np.ndarray:
     return np.array(args, dtype=np.int64)
 
 
-@njit(**INLINE)
+@inline
 def given(args, which):
     """Whether the tensor in slot `which` exists."""
     return args[FIRST_SLOT + 4 * which] != 0
 
 
-@njit(**INLINE)
+@inline
 def size_of(code):
     """Bytes of one number of a dtype code."""
     return 8 if code >= 8 else (2 if code == 3 else code)
 
 
-@njit(**INLINE)
+@inline
 def place(args, which, batch, step, column):
     """The address of element (batch, step, column) of slot `which`."""
     at = FIRST_SLOT + 4 * which
@@ -137,7 +137,7 @@ def _store_some(address, code, value):
     return to_double if value.dtype == types.float64 else to_any
 
 
-@njit(**INLINE)
+@inline
 def copy_bytes(source, target, count):
     """Copy `count` bytes."""
     a, b = pointer(source, np.uint8), pointer(target, np.uint8)
@@ -145,7 +145,7 @@ def copy_bytes(source, target, count):
         b[i] = a[i]
 
 
-@njit(**INLINE)
+@inline
 def _stage_row(address, code, count, base, offset, F):
     """One row of `stage`."""
     buffer = pointer(base, F)
@@ -160,7 +160,7 @@ def _stage_row(address, code, count, base, offset, F):
         store(buffer, offset + whole * LANES, load_some(base, code, F))
 
 
-@njit(**INNER)
+@inner
 def stage(args, which, batch, step, rows, column, count, base, offset, pitch, F):
     """Read `rows` steps of `count` numbers of slot `which` to base[offset], base[offset + pitch],
     ...
@@ -179,7 +179,7 @@ def stage(args, which, batch, step, rows, column, count, base, offset, pitch, F)
             _stage_row(address + t * stride, code, count, base, offset + t * pitch, F)
 
 
-@njit(**INLINE)
+@inline
 def _unstage_row(address, code, count, base, offset, F):
     """One row of `unstage`."""
     buffer = pointer(base, F)
@@ -193,7 +193,7 @@ def _unstage_row(address, code, count, base, offset, F):
         copy_bytes(base, address + whole * LANES * size_of(code), rest * size_of(code))
 
 
-@njit(**INNER)
+@inner
 def unstage(args, which, batch, step, rows, column, count, base, offset, pitch, F):
     """Write `rows` steps of `count` numbers from base[offset], ... to slot `which`, converted to
     its dtype."""

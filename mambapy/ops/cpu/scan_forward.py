@@ -9,8 +9,6 @@ Buffers that are read and written together are interleaved, or apart by PAD: a l
 earlier store whose address differs by a multiple of 4096 bytes, which cost 10 to 24 % of the time.
 """
 
-from numba import njit
-
 from mambapy.ops.cpu.exp import LOG2E, exp2, silu, softplus
 from mambapy.ops.cpu.memory import fetch_add, load, pointer, store
 from mambapy.ops.cpu.rows import (
@@ -24,7 +22,7 @@ from mambapy.ops.cpu.rows import (
     stage,
     unstage,
 )
-from mambapy.ops.cpu.simd import INLINE, INNER, LANES, fma, splat, zeros
+from mambapy.ops.cpu.simd import LANES, fma, inline, inner, splat, zeros
 
 WIDTH = 128
 GROUPS = WIDTH // LANES
@@ -47,7 +45,7 @@ def forward_floats(states: int) -> int:
     return LANES + WIDTH * (2 * states + 2 + 3 * TILE) + 3 * PAD + 2 * TILE * whole_vectors(states)
 
 
-@njit(**INNER)
+@inner
 def load_rates(args, first, count, states, base, offset, pitch, F):
     """Stage A * log2(e) of `count` channels as (group, states, LANES), states `pitch` apart; 0
     where missing."""
@@ -61,7 +59,7 @@ def load_rates(args, first, count, states, base, offset, pitch, F):
             buffer[at + n * pitch] = value
 
 
-@njit(**INNER)
+@inner
 def load_state(args, which, batch, first, count, channels, states, base, offset, pitch, F):
     """Stage `count` channels of a (b, e, n) tensor as (group, states, LANES), states `pitch` apart;
     or zeros."""
@@ -78,7 +76,7 @@ def load_state(args, which, batch, first, count, channels, states, base, offset,
             buffer[at + n * pitch] = source[row + n]
 
 
-@njit(**INNER)
+@inner
 def save_state(args, which, batch, first, count, channels, states, base, offset, pitch, F):
     """Write what `load_state` staged to `count` channels of a (b, e, n) tensor, where it is
     wanted."""
@@ -92,7 +90,7 @@ def save_state(args, which, batch, first, count, channels, states, base, offset,
             target[row + n] = buffer[at + n * pitch]
 
 
-@njit(**INLINE)
+@inline
 def starts_document(args, batch, step):
     """Whether `step` belongs to another document than the step before it."""
     if step == 0 or not given(args, SEQ):

@@ -10,7 +10,7 @@ the same bits on each run.
 import operator
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.extending import intrinsic, models, register_model, type_callable
@@ -20,6 +20,26 @@ LANES = 32
 # of the time to compile.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 INLINE = {**INNER, "forceinline": True}
+
+
+def inner(function, **options):
+    """`njit` for what only kernels call, compiled once whatever constants it is called with.
+
+    Numba would compile it anew for each constant among its arguments: 15 times for `rows.stage`.
+    """
+    dispatcher = njit(**INNER, **options)(function)
+    template = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: template(
+        [types.unliteral(arg) for arg in args], {k: types.unliteral(arg) for k, arg in kws.items()}
+    )
+    return dispatcher
+
+
+def inline(function):
+    """`inner` that becomes part of its caller, where constants among its arguments are seen."""
+    return inner(function, forceinline=True)
+
+
 # Sums over channels are kept as this many partial sums.
 FOLDED = 16
 

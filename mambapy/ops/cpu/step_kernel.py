@@ -11,8 +11,6 @@ written where the caller has them.
 
 import math
 
-from numba import njit
-
 from mambapy.ops.cpu.exp import LOG2E, exp, exp2, silu, softplus
 from mambapy.ops.cpu.memory import (
     fetch_add,
@@ -36,7 +34,7 @@ from mambapy.ops.cpu.rows import (
     load_some,
     size_of,
 )
-from mambapy.ops.cpu.simd import INLINE, LANES, fma, splat, zeros
+from mambapy.ops.cpu.simd import LANES, fma, inline, splat, zeros
 
 STAGES, WORK, BATCH = range(SIZES, SIZES + 3)
 # A stage: what it is, its number of tasks, two counters, its operands. Places in the workspace (X,
@@ -52,13 +50,13 @@ DT, DT_PITCH, B, C, BC_PITCH, Z, Z_PITCH, D, STATES, SOFTPLUS, IS_LOG = range(13
 WIDTH = 128
 
 
-@njit(**INLINE)
+@inline
 def _some(w, at, left):
     """A vector of which only the first `left` numbers may be read; the others are 0."""
     return load(w, at) if left >= LANES else load_first(w, at, left)
 
 
-@njit(**INLINE)
+@inline
 def _norm(args, at, row, F):
     """One row of an RMSNorm."""
     w, weight = pointer(args[WORK], F), pointer(args[at + WEIGHT], F)
@@ -74,7 +72,7 @@ def _norm(args, at, row, F):
         store(w, y + c, _some(w, x + c, width - c) * scale * _some(weight, c, width - c))
 
 
-@njit(**INLINE)
+@inline
 def _two_dots(w, x, a, b, code, inner, spare, tail, F):
     """x · (inner numbers of dtype `code` at address a), and at b; `code` must be a constant."""
     size = size_of(code)
@@ -105,7 +103,7 @@ def _two_dots(w, x, a, b, code, inner, spare, tail, F):
     return lanes_total(sum_a + more_a), lanes_total(sum_b + more_b)
 
 
-@njit(**INLINE)
+@inline
 def _put(args, at, r, row, value, F):
     """Scale one output of a product, add bias and residual, and write it."""
     w, y = pointer(args[WORK], F), args[at + Y] + r * args[at + Y_PITCH] + row
@@ -116,7 +114,7 @@ def _put(args, at, r, row, value, F):
     w[y] = w[y] + value if args[at + ADD] != 0 else value
 
 
-@njit(**INLINE)
+@inline
 def _linear(args, at, task, base, F):
     """BLOCK outputs of a product: y = W x, or y += W x."""
     w, spare = pointer(args[WORK], F), pointer(base, F)
@@ -155,7 +153,7 @@ def _linear(args, at, task, base, F):
                 _put(args, at, r, other, two, F)
 
 
-@njit(**INLINE)
+@inline
 def _conv(args, at, task, base, F):
     """One token through the convolution of a block of channels, and the state after it."""
     w = pointer(args[WORK], F)
@@ -186,7 +184,7 @@ def _conv(args, at, task, base, F):
         store(w, y + c, silu(value) if args[at + SILU] != 0 else value)
 
 
-@njit(**INLINE)
+@inline
 def _scan(args, at, task, base, F):
     """One token through the recurrence of a block of channels; a vector holds one channel."""
     w, spare = pointer(args[WORK], F), pointer(base, F)
