@@ -11,6 +11,7 @@ from torch.nn.modules import module as nn_module
 
 from mambapy import ops
 from mambapy.init import init_dt_bias, init_dt_weight
+from mambapy.ops.dispatch import is_traced
 from mambapy.ragged import Ragged
 from mambapy.state import State
 
@@ -148,6 +149,15 @@ def product(layer: nn.Module) -> "Weights | None":
     if is_plain(layer, QuantizedLinear):
         return Weights(layer.weight, layer.bias, layer.scale)
     return None
+
+
+def may_overwrite(layer: nn.Module) -> bool:
+    """Whether what `layer` returns is the caller's own: no gradient, no hook, nobody who watches.
+
+    To take memory from the system is slow, about a tenth of a block's time. So results are written
+    over what is no longer needed.
+    """
+    return not torch.is_grad_enabled() and not is_traced() and product(layer) is not None
 
 
 class Mixer(WideParameters, ABC):

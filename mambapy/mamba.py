@@ -31,7 +31,16 @@ from mambapy.config import MambaConfig
 from mambapy.errors import ShapeError
 from mambapy.fused import FusedStep
 from mambapy.init import init_A_log, rescale_residual
-from mambapy.layers import DtProjection, Mixer, ResidualBlock, is_plain, product, wide, widen
+from mambapy.layers import (
+    DtProjection,
+    Mixer,
+    ResidualBlock,
+    is_plain,
+    may_overwrite,
+    product,
+    wide,
+    widen,
+)
 from mambapy.ragged import Ragged
 from mambapy.state import ModelState, SSMState
 
@@ -266,14 +275,7 @@ class MambaBlock(Mixer):
     ) -> tuple[Tensor, SSMState]:
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
         state = self.init_state(x.shape[0]) if state is None else state
-        y, inputs, ssm = self._mix(x, state, ragged)
-        conv = ops.conv_state(
-            inputs,
-            self.config.d_conv - 1,
-            state=state.conv,
-            seq_idx=ragged.seq_idx,
-            lengths=ragged.lengths,
-        )
+        y, conv, ssm = self._mix(x, state, ragged)
         return y, SSMState(conv, ssm)
 
     def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
@@ -345,21 +347,32 @@ class MambaBlock(Mixer):
     def _mix(
         self, x: Tensor, state: SSMState | None, ragged: Ragged
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output (b, l, d), the convolution's inputs (b, l, e), the scan's last state."""
-        inputs, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e)
+        """The output (b, l, d), and what comes after `state`: conv (b, k-1, e), ssm (b, e, n)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e)
+        conv = x
+        if state is not None:
+            conv = ops.conv_state(
+                x,
+                self.config.d_conv - 1,
+                state=state.conv,
+                seq_idx=ragged.seq_idx,
+                lengths=ragged.lengths,
+            )
         x = ops.causal_conv1d(
-            inputs,
+            x,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
             activation="silu",
             state=None if state is None else state.conv,
             seq_idx=ragged.seq_idx,
+            out=x if may_overwrite(self.in_proj) else None,
             backend=self._plain_backend,
         )
         dt, dt_bias, B, C = self._select(x)
+        dt = ragged.stop_padding(dt)
         y, ssm = ops.selective_scan(
             x,
-            ragged.stop_padding(dt),
+            dt,
             self._A(),
             B,
             C,
@@ -370,9 +383,10 @@ class MambaBlock(Mixer):
             state=None if state is None else state.ssm,
             seq_idx=ragged.seq_idx,
             return_state=True,
+            out=dt if may_overwrite(self.dt_proj) and dt.dtype == x.dtype else None,
             backend=self.config.backend,
         )
-        return self.out_proj(y), inputs, ssm
+        return self.out_proj(y), conv, ssm
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """What makes the scan selective: dt, its bias, B and C, all made from the token itself."""

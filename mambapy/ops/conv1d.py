@@ -26,6 +26,7 @@ def causal_conv1d(  # type: ignore[misc]
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_state: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise causal convolution: y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j}).
@@ -39,6 +40,8 @@ def causal_conv1d(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. A tap into another document is zero;
             the initial state belongs to the first token's document.
         return_state: whether to return the last k-1 inputs too, see `conv_state`.
+        out: (b, l, e) where to write y, in x's dtype; it may be x itself, which saves memory. Only
+            where no gradient is needed.
         backend: "auto", "cpu", "official" or "reference".
 
     Returns:
@@ -46,18 +49,21 @@ def causal_conv1d(  # type: ignore[misc]
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        BackendError: the backend asked for cannot run this.
+        BackendError: the backend asked for cannot run this, or `out` would need a gradient.
 
     Source: Gu & Dao 2023 (arXiv 2312.00752), figure 3.
     """
     _check(x, weight, bias, activation, state, seq_idx)
-    options = {"activation": activation, "state": state, "seq_idx": seq_idx}
+    dispatch.check_out(out, x, weight, bias, state)
+    options: dict[str, Any] = {"activation": activation, "state": state, "seq_idx": seq_idx}
     run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
+    if run is cpu.causal_conv1d:
+        options["out"] = out
+    # Before x may be overwritten.
+    last = conv_state(x, weight.shape[1] - 1, state=state, seq_idx=seq_idx) if return_state else x
     with dispatch.without_autocast(x):
-        y = run(x, weight, bias, **options)
-    if not return_state:
-        return y
-    return y, conv_state(x, weight.shape[1] - 1, state=state, seq_idx=seq_idx)
+        y = dispatch.written(run(x, weight, bias, **options), out)
+    return (y, last) if return_state else y
 
 
 def causal_conv1d_step(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambapy.errors import BackendError
+from mambapy.errors import BackendError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,30 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     if x.device.type == "meta":
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
+
+
+def written(y: Tensor, out: Tensor | None) -> Tensor:
+    """The result of an op where the caller wants it: `out`, if given, holding y."""
+    return y if out is None or y is out else out.copy_(y)
+
+
+def check_out(out: Tensor | None, x: Tensor, *others: Tensor | None) -> None:
+    """Raise unless the result of an op on these tensors can be written to `out`.
+
+    Raises:
+        ShapeError: it has not x's shape, dtype and device.
+        BackendError: a gradient would be asked of numbers that are overwritten.
+    """
+    if out is None:
+        return
+    if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        raise ShapeError(
+            f"out must be {x.dtype} {tuple(x.shape)} on {x.device} as x is, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
+    watched = any(T is not None and T.requires_grad for T in (out, x, *others))
+    if torch.is_grad_enabled() and watched:
+        raise BackendError("out= has no gradient: use torch.no_grad(), or leave it out")
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> list[Verdict]:

@@ -32,13 +32,14 @@ def selective_scan(  # type: ignore[misc]
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_state: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-1 recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t.
 
     The output is y_t = (C_t h_t + D x_t) silu(z_t). It runs in float32, or in
     float64 where an argument has it, and is differentiable in every floating-point argument. No
-    argument is written to.
+    argument but `out` is written to.
 
     Args:
         x: (b, l, e) input after convolution and SiLU, l >= 1.
@@ -54,6 +55,8 @@ def selective_scan(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. Where it changes, the state restarts
             from zero; the initial state belongs to the first token's document.
         return_state: whether to return h after the last step too.
+        out: (b, l, e) where to write y, in x's dtype; it may be x, dt or z itself, which saves
+            memory. Only where no gradient is needed.
         backend: "auto", or one of "cpu", "official", "chunked", "pscan", "reference".
 
     Returns:
@@ -61,11 +64,12 @@ def selective_scan(  # type: ignore[misc]
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
-        BackendError: the backend asked for cannot run this.
+        BackendError: the backend asked for cannot run this, or `out` would need a gradient.
 
     Source: Gu & Dao 2023 (arXiv 2312.00752), Algorithm 2.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state, seq_idx)
+    dispatch.check_out(out, x, dt, A, B, C, D, z, dt_bias, state)
     options = {
         "dt_bias": dt_bias,
         "dt_softplus": dt_softplus,
@@ -73,8 +77,11 @@ def selective_scan(  # type: ignore[misc]
         "seq_idx": seq_idx,
     }
     run = dispatch.pick("selective_scan", BACKENDS, backend, x, dt, A, B, C, D, z, **options)
+    if run is cpu.selective_scan:
+        options["out"] = out
     with dispatch.without_autocast(x):
         y, last = run(x, dt, A, B, C, D, z, **options)
+    y = dispatch.written(y, out)
     return (y, last) if return_state else y
 
 

@@ -21,6 +21,7 @@ from mambapy.ops.cpu.rows import (
     given,
     pack,
     place,
+    result_like,
     rowwise,
     stage,
     unstage,
@@ -218,6 +219,7 @@ def forward(
     activation: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j}).
 
@@ -227,14 +229,15 @@ def forward(
         state: (b, k-1, e) inputs before the first step; of the first step's document. Zeros if
             missing.
         seq_idx: (b, l) int64; taps do not reach back over a step where it changes.
+        out: where to write y, if a kernel can; it may be x.
 
     Returns:
-        y (b, l, e), contiguous, in the dtype of x.
+        y (b, l, e) in the dtype of x.
     """
     b, l, e = x.shape
     k = weight.shape[1]
     F = arithmetic(x.dtype)
-    y = torch.empty(b, l, e, dtype=x.dtype)
+    y = result_like(x, out)
     tensors = [
         rowwise(x, F),
         weight.detach().to(F).contiguous(),

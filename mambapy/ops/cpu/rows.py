@@ -63,6 +63,13 @@ def rowwise(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def result_like(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Where a kernel writes a result of x's shape and dtype: `out` if it can, else a new tensor."""
+    if out is not None and out.dtype == x.dtype and out.stride(-1) == 1:
+        return out
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
 def documents(seq_idx: torch.Tensor | None) -> torch.Tensor | None:
     """seq_idx (b, l) as a tensor that has a slot: (b, l, 1) int64."""
     return None if seq_idx is None else seq_idx.to(torch.int64).unsqueeze(-1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mambapy.ops.cpu import scan_backward, scan_forward
-from mambapy.ops.cpu.rows import documents, pack, rowwise
+from mambapy.ops.cpu.rows import documents, pack, result_like, rowwise
 from mambapy.ops.cpu.scan_forward import CHUNK, WIDTH
 from mambapy.ops.cpu.simd import LANES
 from mambapy.ops.cpu.threads import arithmetic, compiled, run
@@ -60,6 +60,7 @@ def forward(
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     save: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mamba-1 recurrence: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,  y_t = (C_t h_t + D x_t)
     silu(z_t).
@@ -71,6 +72,7 @@ def forward(
         state: (b, e, n) state before the first step; of the first step's document.
         seq_idx: (b, l) int64; the state restarts from zero where it differs from the step before.
         save: also return what `backward` needs.
+        out: where to write y, if a kernel can; it may be x, dt or z.
 
     Returns:
         y (b, l, e) in the dtype of x, the last state (b, e, n), and the saved states (empty unless
@@ -81,7 +83,7 @@ def forward(
     b, l, e = x.shape
     n = A.shape[1]
     F = arithmetic(x.dtype)
-    y = torch.empty(b, l, e, dtype=x.dtype)
+    y = result_like(x, out)
     last = torch.empty(b, e, n, dtype=F)
     starts = torch.empty(saved_shape(b, l, e, n) if save else (0,), dtype=F)
     starts[..., -2:] = 0

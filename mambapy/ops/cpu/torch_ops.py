@@ -252,6 +252,7 @@ def cpu_selective_scan(
     dt_softplus: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
@@ -262,8 +263,9 @@ def cpu_selective_scan(
         y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save)
         return y, last
     y, last, _ = selective_scan.forward(
-        x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx
-    )
+        x, dt, A, B, C, D, z,
+        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, out=out,
+    )  # fmt: skip
     return y, last
 
 
@@ -275,13 +277,14 @@ def cpu_causal_conv1d(
     activation: str | None = None,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`conv1d.forward` with autograd; `activation` is None or "silu"; the state after it:
     `conv1d.next_state`."""
     silu = activation == "silu"
     if _has_gradient(x, weight, bias, state) or is_traced():
         return _call_conv(x, weight, bias, state, seq_idx, silu)
-    return conv1d.forward(x, weight, bias, activation=silu, state=state, seq_idx=seq_idx)
+    return conv1d.forward(x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, out=out)
 
 
 def cpu_rms_norm(

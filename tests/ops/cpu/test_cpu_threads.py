@@ -4,8 +4,9 @@ import itertools
 
 import numpy as np
 import torch
+from numba import njit, types
 
-from mambapy.ops.cpu import threads
+from mambapy.ops.cpu import simd, threads
 
 
 def build(F, size, stamp):
@@ -55,3 +56,18 @@ def test_a_short_one_is_not(monkeypatch, capsys):
     monkeypatch.setattr(threads.time, "perf_counter", lambda: 1.0)
     fresh()
     assert capsys.readouterr().err == ""
+
+
+def test_a_helper_is_compiled_once_whatever_constants_it_is_called_with():
+    @simd.inner
+    def add(args, which, number):
+        args[which] += number
+
+    def several(args):
+        add(args, 0, 3)
+        add(args, 1, 4)
+        add(args, which=1, number=args[0])
+
+    kernel = njit([types.void(types.CPointer(types.int64))])(several)
+    assert len(kernel.overloads) == 1
+    assert [*add.overloads] == [(types.CPointer(types.int64), types.int64, types.int64)]

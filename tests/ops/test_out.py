@@ -1,0 +1,82 @@
+"""Ops that write their result over an argument: `out=`."""
+
+import pytest
+import torch
+
+from mambapy import ops
+from mambapy.errors import BackendError, ShapeError
+from mambapy.mamba import MambaBlock
+from mambapy.ragged import Ragged
+from tests.helpers import scan_args, tiny
+
+
+def plain(args):
+    return {name: T.detach() for name, T in args.items()}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "pscan", "reference"])
+@pytest.mark.parametrize("over", ["x", "dt", "z"])
+def test_a_scan_over_its_own_argument(backend, over):
+    args = {**plain(scan_args(l=70, e=40, dtype=torch.float32)), "dt_softplus": True}
+    expected, last = ops.selective_scan(**args, return_state=True, backend=backend)
+    # A slice, as a projection gives it: rows are apart.
+    args[over] = torch.cat((args[over], args[over]), dim=-1)[..., :40]
+    out = args[over]
+    y, state = ops.selective_scan(**args, return_state=True, backend=backend, out=out)
+    assert y is out
+    assert torch.equal(y, expected)
+    assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_convolution_over_its_own_input(backend, dtype):
+    x, weight, state = torch.randn(2, 70, 80), torch.randn(40, 4), torch.randn(2, 3, 40)
+    seq_idx = torch.arange(70).expand(2, 70) // 30
+    x = x[..., 20:60].to(dtype)
+    options = {"state": state, "seq_idx": seq_idx, "activation": "silu", "backend": backend}
+    expected, last = ops.causal_conv1d(x, weight, return_state=True, **options)
+    y, after = ops.causal_conv1d(x, weight, return_state=True, out=x, **options)
+    assert y is x
+    assert torch.equal(y, expected)
+    assert torch.equal(after, last)
+
+
+def test_a_result_in_another_precision_than_the_kernels():
+    x, weight = torch.randn(2, 5, 8), torch.randn(8, 4, dtype=torch.float64)
+    expected = ops.causal_conv1d(x, weight)
+    assert ops.causal_conv1d(x, weight, out=x) is x
+    assert torch.equal(x, expected)
+
+
+def test_what_out_cannot_be():
+    x, weight = torch.randn(2, 5, 8), torch.randn(8, 4, requires_grad=True)
+    with pytest.raises(BackendError, match=r"out= has no gradient"):
+        ops.causal_conv1d(x, weight, out=torch.empty_like(x))
+    with torch.no_grad(), pytest.raises(ShapeError, match=r"out must be .*float32 \(2, 5, 8\)"):
+        ops.causal_conv1d(x, weight, out=torch.empty(2, 5, 4))
+
+
+@torch.no_grad()
+def test_a_block_overwrites_nothing_that_a_hook_has_seen():
+    block, x = MambaBlock(tiny()), torch.randn(2, 9, 8)
+    expected = block(x)
+    seen = []
+    for layer in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj):
+        layer.register_forward_hook(lambda _, args, y: seen.extend((args[0], y)))
+    copies = []
+    block.in_proj.register_forward_hook(lambda _, args, y: copies.append(y.clone()))
+    block.dt_proj.register_forward_hook(lambda _, args, y: copies.append(y.clone()))
+    torch.testing.assert_close(block(x), expected)
+    kept = [seen[1], seen[5]]
+    assert all(torch.equal(T, copy) for T, copy in zip(kept, copies, strict=True))
+
+
+@torch.no_grad()
+def test_a_block_does_not_write_to_its_input():
+    block, x = MambaBlock(tiny()), torch.randn(2, 9, 8)
+    before = x.clone()
+    ragged = Ragged.of(x, torch.rand(2, 9) > 0.3, None)
+    block(x)
+    block.prefill(x, None, ragged)
+    assert torch.equal(x, before)
