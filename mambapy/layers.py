@@ -1,8 +1,7 @@
 """The small modules that every model here is built from: one copy of each."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sized
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,9 @@ from torch.nn.modules import module as nn_module
 from mambapy import ops
 from mambapy.init import init_dt_bias, init_dt_weight
 from mambapy.ops.dispatch import is_traced
-from mambapy.ragged import Ragged
-from mambapy.state import State
 
 if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Rows, StepPlan, Weights
+    from mambapy.ops.cpu.step import Weights
 
 M = TypeVar("M", bound="WideParameters")
 K = TypeVar("K", bound=nn.Module)
@@ -160,42 +157,6 @@ def may_overwrite(layer: nn.Module) -> bool:
     return not torch.is_grad_enabled() and not is_traced() and product(layer) is not None
 
 
-class Mixer(WideParameters, ABC):
-    """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state."""
-
-    out_proj: nn.Linear
-
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Draw every parameter anew, as the constructor does."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-
-    @abstractmethod
-    def prefill(
-        self, x: Tensor, state: Any = None, ragged: Ragged = Ragged()
-    ) -> tuple[Tensor, State]:
-        """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
-
-    @abstractmethod
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, State]:
-        """Run one token of each sequence, (b, d) -> (b, d)."""
-
-    def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
-        """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
-        return False
-
-    @abstractmethod
-    def init_state(self, batch_size: int) -> State:
-        """The state before the first token: zeros, float32 or wider, on the layer's device."""
-
-    @abstractmethod
-    def check_state(self, state: Any, batch_size: int, name: str) -> None:
-        """Raise a ShapeError, naming `name`, unless the state is this layer's, for that batch."""
-
-
 class QuantizedLinear(WideParameters):
     """y = W x + bias with W in fewer bits, for decoding, which is bound by reading the weights.
 
@@ -255,42 +216,3 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     # A row of zeros has any scale.
     scale = torch.where(scale > 0, scale, 1.0)
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
-
-
-class ResidualBlock(nn.Module):
-    """x + mixer(norm(x)).
-
-    The norm's output is in the weights' dtype, whatever the residual stream's is, so a float32
-    stream does not make the layers behind it float32.
-
-    Args:
-        mixer: (b, l, d) -> (b, l, d).
-        d_model: d.
-        eps: of the norm.
-    """
-
-    def __init__(self, mixer: Mixer, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.norm = RMSNorm(d_model, eps)
-        self.mixer = mixer
-
-    def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
-        """Map the residual stream (b, l, d) to the next."""
-        return x + self.mixer(self.norm(x), ragged)
-
-    def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
-        """The same from a state on, with the state after the last token."""
-        y, state = self.mixer.prefill(self.norm(x), state, ragged)
-        return x + y, state
-
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The same for one token, (b, d)."""
-        y, state = self.mixer.step(self.norm(x), state)
-        return x + y, state
-
-    def plan_step(self, plan: "StepPlan", residual: "Rows") -> bool:
-        """Append `step` to a plan, in place; False where it must be called instead."""
-        if type(self) is not ResidualBlock or not is_plain(self.norm, RMSNorm):
-            return False
-        x = plan.norm(residual, self.norm.weight, self.norm.eps)
-        return self.mixer.plan_step(plan, x, residual)

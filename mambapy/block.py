@@ -1,0 +1,166 @@
+"""What a mixer is, and the residual block around it."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambapy.errors import ShapeError
+from mambapy.layers import RMSNorm, WideParameters, is_plain, wide
+from mambapy.ragged import Ragged
+from mambapy.state import State
+
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan
+
+S = TypeVar("S", bound=State)
+
+
+class Mixer(WideParameters, ABC, Generic[S]):
+    """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state."""
+
+    out_proj: nn.Linear
+    state_kind: type[S]
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
+        """Run whole sequences, (b, l, d) -> (b, l, d)."""
+
+    @abstractmethod
+    def prefill(
+        self, x: Tensor, state: Any = None, ragged: Ragged = Ragged()
+    ) -> tuple[Tensor, State]:
+        """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, State]:
+        """Run one token of each sequence, (b, d) -> (b, d)."""
+
+    def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
+        """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
+        return False
+
+    @abstractmethod
+    def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each field of this layer's state, a `self.state_kind`, in order."""
+
+    def init_state(self, batch_size: int) -> S:
+        """The state before the first token: zeros, float32 or wider, on the layer's device."""
+        dtype, device = self._made_of()
+        shapes = self.state_shapes(batch_size)
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes.values()]
+        return self.state_kind(*zeros)
+
+    def check_state(self, state: Any, batch_size: int, name: str) -> None:
+        """Raise a ShapeError, naming `name`, unless the state is this layer's, for that batch."""
+        if not isinstance(state, self.state_kind):
+            kind = type(state).__name__
+            raise ShapeError(f"{name} must be of kind {self.state_kind.__name__}, got {kind}")
+        dtype, device = self._made_of()
+        for field, shape in self.state_shapes(batch_size).items():
+            T = getattr(state, field)
+            if T.shape != shape:
+                raise ShapeError(f"{name}: {field} must be {shape}, got {tuple(T.shape)}")
+            if T.dtype != dtype or T.device != device:
+                raise ShapeError(
+                    f"{name}: {field} must be {dtype} on {device}, got {T.dtype} on {T.device}"
+                )
+
+    def _made_of(self) -> tuple[torch.dtype, torch.device]:
+        """What states are made of: the dtype of the wide parameters, and their device."""
+        like: Tensor = getattr(self, self.wide[0])
+        return wide(like.dtype), like.device
+
+
+class GatedMLP(nn.Module):
+    """fc2(y * silu(gate)) with (y, gate) = fc1(x), (..., d) -> (..., d).
+
+    Args:
+        d_model: d.
+        d_mlp: inner width.
+
+    Source: Shazeer 2020 (arXiv 2002.05202); rows of fc1 in the order of the Mamba papers' code.
+    """
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, 2 * d_mlp, bias=False)
+        self.fc2 = nn.Linear(d_mlp, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., d)."""
+        y, gate = self.fc1(x).chunk(2, dim=-1)  # (..., d_mlp)
+        return self.fc2(y * F.silu(gate))
+
+
+class ResidualBlock(nn.Module):
+    """x + mixer(norm(x)), and where there is an MLP, x + mlp(norm2(x)) after it.
+
+    The norm's output is in the weights' dtype, whatever the residual stream's is, so a float32
+    stream does not make the layers behind it float32.
+
+    Args:
+        mixer: (b, l, d) -> (b, l, d).
+        d_model: d.
+        eps: of the norms.
+        mlp: (..., d) -> (..., d), or None.
+    """
+
+    def __init__(
+        self, mixer: Mixer[Any], d_model: int, eps: float, mlp: GatedMLP | None = None
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model, eps)
+        self.mixer = mixer
+        self.norm2 = None if mlp is None else RMSNorm(d_model, eps)
+        self.mlp = mlp
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does."""
+        for part in (self.norm, self.mixer, self.norm2, self.mlp):
+            if part is not None:
+                part.reset_parameters()
+
+    def last_projections(self) -> list[nn.Linear]:
+        """The last layer of each residual branch."""
+        return [self.mixer.out_proj] if self.mlp is None else [self.mixer.out_proj, self.mlp.fc2]
+
+    def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """Map the residual stream (b, l, d) to the next."""
+        return self._after(x + self.mixer(self.norm(x), ragged))
+
+    def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
+        """The same from a state on, with the state after the last token."""
+        y, state = self.mixer.prefill(self.norm(x), state, ragged)
+        return self._after(x + y), state
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The same for one token, (b, d)."""
+        y, state = self.mixer.step(self.norm(x), state)
+        return self._after(x + y), state
+
+    def _after(self, x: Tensor) -> Tensor:
+        """The MLP's branch."""
+        if self.mlp is None or self.norm2 is None:
+            return x
+        return x + self.mlp(self.norm2(x))
+
+    def plan_step(self, plan: "StepPlan", residual: "Rows") -> bool:
+        """Append `step` to a plan, in place; False where it must be called instead."""
+        if type(self) is not ResidualBlock or not is_plain(self.norm, RMSNorm):
+            return False
+        if self.mlp is not None:
+            return False
+        x = plan.norm(residual, self.norm.weight, self.norm.eps)
+        return self.mixer.plan_step(plan, x, residual)

@@ -1,0 +1,212 @@
+"""What every stack of blocks is, (b, l, d) -> (b, l, d): the mixers differ, this does not.
+
+Mamba, Mamba2 and Mamba3 are a `Stack` each:  x = x + mixer(norm(x)), for every layer, and where the
+configuration has an MLP, x = x + mlp(norm2(x)) after it.
+
+Three ways through a stack: `forward` for whole sequences, `prefill` for a sequence that goes on
+from a state and leaves one, `step` for a single token. They give the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mambapy.block import GatedMLP, Mixer, ResidualBlock
+from mambapy.config import StackConfig
+from mambapy.errors import ShapeError
+from mambapy.fused import FusedStep
+from mambapy.init import rescale_residual
+from mambapy.ragged import Ragged
+from mambapy.state import ModelState, State
+
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan
+
+
+class Stack(FusedStep):
+    """A stack of blocks, each with a norm before it and a residual around it.
+
+    Args:
+        config: the architecture.
+        make_mixer: called once for each layer.
+
+    Attributes:
+        gradient_checkpointing: set it to True to keep only each block's input for the backward
+            pass, and compute the rest again: less memory, one more forward pass of time.
+    """
+
+    def __init__(self, config: StackConfig, make_mixer: Callable[[], Mixer[Any]]) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.layers: Sequence[ResidualBlock] = nn.ModuleList(  # type: ignore[assignment]
+            ResidualBlock(make_mixer(), config.d_model, config.rms_norm_eps, self._mlp())
+            for _ in range(config.n_layers)
+        )
+        self._rescale()
+
+    def _mlp(self) -> GatedMLP | None:
+        """The MLP of a block, where there is one."""
+        config = self.config
+        return GatedMLP(config.d_model, config.d_mlp) if config.d_mlp else None
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does."""
+        for layer in self.layers:
+            layer.reset_parameters()
+        self._rescale()
+
+    def _rescale(self) -> None:
+        """Shrink the last projection of each residual branch."""
+        if self.config.rescale_out_proj:
+            for layer in self.layers:
+                for last in layer.last_projections():
+                    rescale_residual(last.weight, self.config.n_residuals)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        """Run whole sequences.
+
+        Args:
+            x: (b, l, d) floating point, l >= 1.
+            mask: (b, l) bool, True at real tokens; padding may stand anywhere.
+            seq_idx: (b, l) integers, the document of each token, where a row packs several. A
+                negative one is padding.
+
+        Returns:
+            (b, l, d) in x's dtype; zeros at padding.
+
+        Raises:
+            ShapeError: an argument does not fit.
+        """
+        self._check(x, 3)
+        ragged = Ragged.of(x, mask, seq_idx)
+        return ragged.restore(self.run(ragged.pack(x), ragged))
+
+    def prefill(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Run sequences that go on from a state, and return the state they leave.
+
+        Any split of a sequence into calls gives what one call gives. Differentiable through the
+        state; `state.detach()` cuts the graph.
+
+        Args:
+            x: (b, l, d) floating point, l >= 1.
+            state: what an earlier call returned; a fresh one without it. It is not changed.
+            mask: (b, l) bool, True at real tokens. A row's state stands after its last real token.
+            seq_idx: (b, l) integers, the document of each token; a row whose first document is not
+                the one its state stopped in starts afresh.
+
+        Returns:
+            (b, l, d) in x's dtype, and the new state.
+
+        Raises:
+            ShapeError: an argument does not fit, the state's batch for instance.
+        """
+        self._check(x, 3)
+        ragged = Ragged.of(x, mask, seq_idx)
+        y, state = self.run_from(ragged.pack(x), state, ragged)
+        return ragged.restore(y), state
+
+    def step(self, x: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Run one token of each sequence, at a cost that does not depend on how many came before.
+
+        Args:
+            x: (b, d) floating point.
+            state: what the last call returned, or `init_state`. It is not changed.
+
+        Returns:
+            (b, d) in x's dtype, and the new state.
+
+        Raises:
+            ShapeError: an argument does not fit.
+        """
+        self._check(x, 2)
+        self.check_state(state, x.shape[0])
+        if (found := self.fused_step(x, state, self.config.backend)) is not None:
+            return found[0].to(x.dtype), found[1]
+        residual, states = self._to_residual(x), []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            residual, layer_state = layer.step(residual, layer_state)
+            states.append(layer_state)
+        return residual.to(x.dtype), ModelState(tuple(states), state.seq_idx)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token, on the parameters' device."""
+        layers = tuple(layer.mixer.init_state(batch_size) for layer in self.layers)
+        device = next(iter(layers[0].tensors().values())).device
+        return ModelState(layers, torch.full((batch_size,), -1, device=device))
+
+    def run(self, x: Tensor, ragged: Ragged) -> Tensor:
+        """`forward` for rows that `Ragged.pack` has laid out."""
+        residual = self._to_residual(x)
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                residual = checkpoint(layer, residual, ragged, use_reentrant=False)
+            else:
+                residual = layer(residual, ragged)
+        return residual.to(x.dtype)
+
+    def run_from(
+        self, x: Tensor, state: ModelState | None, ragged: Ragged
+    ) -> tuple[Tensor, ModelState]:
+        """`prefill` for rows that `Ragged.pack` has laid out."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        self.check_state(state, x.shape[0])
+        goes_on = ragged.continues(state.seq_idx)
+        residual, states = self._to_residual(x), []
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            if goes_on is not None:
+                layer_state = _restart(layer_state, layer.mixer.init_state(x.shape[0]), goes_on)
+            residual, layer_state = layer.prefill(residual, layer_state, ragged)
+            states.append(layer_state)
+        return residual.to(x.dtype), ModelState(tuple(states), ragged.last_document(state.seq_idx))
+
+    def plan_step(self, plan: "StepPlan", residual: "Rows") -> "Rows | None":
+        """Append `step` to a plan; the rows of its result, or None if a layer must be called."""
+        planned = all(layer.plan_step(plan, residual) for layer in self.layers)
+        return residual if planned else None
+
+    def _to_residual(self, x: Tensor) -> Tensor:
+        """The residual stream in its own dtype."""
+        if self.config.residual_in_fp32:
+            return x.to(torch.promote_types(x.dtype, torch.float32))
+        return x
+
+    def _check(self, x: Tensor, dims: int) -> None:
+        """Raise unless x is (b, l, d) or (b, d), floating point, not empty."""
+        d = self.config.d_model
+        shape = "(b, l, d)" if dims == 3 else "(b, d)"
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"x must be a tensor {shape}, got {type(x).__name__}")
+        if x.dim() != dims or x.shape[-1] != d or 0 in x.shape:
+            raise ShapeError(f"x must be {shape} with d = {d} and no size 0, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ShapeError(f"x must be floating point, got {x.dtype}")
+
+    def check_state(self, state: ModelState, batch_size: int) -> None:
+        """Raise unless the state fits this model, this batch, and the parameters' device."""
+        if not isinstance(state, ModelState) or len(state.layers) != len(self.layers):
+            raise ShapeError(f"the state is not one of a model with {len(self.layers)} layers")
+        for i, (layer, layer_state) in enumerate(zip(self.layers, state.layers, strict=True)):
+            layer.mixer.check_state(layer_state, batch_size, f"layer {i}'s state")
+        if state.seq_idx.shape != (batch_size,):
+            raise ShapeError(
+                f"the state's seq_idx must be ({batch_size},), got {tuple(state.seq_idx.shape)}"
+            )
+
+
+def _restart(state: State, fresh: State, goes_on: Tensor) -> State:
+    """The rows of `state` where goes_on (b,), those of `fresh` elsewhere."""
+    new = iter(fresh.tensors().values())
+    return state.map(lambda T: torch.where(goes_on.view(-1, *[1] * (T.dim() - 1)), T, next(new)))
