@@ -6,20 +6,28 @@ Each op has several backends, named in `dispatch`; `explain` says which one a ca
 from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.info import backends_info
+from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
 from mambapy.ops.model_step import refuses_fused_step, step_plan
 from mambapy.ops.norm import rms_norm
+from mambapy.ops.reference_ssd import Mamba3Parts
 from mambapy.ops.selective_scan import selective_scan, selective_scan_step
+from mambapy.ops.ssd import ssd, ssd_step
 
 __all__ = [
+    "Mamba3Parts",
     "Verdict",
     "backends_info",
     "causal_conv1d",
     "causal_conv1d_step",
     "conv_state",
     "explain",
+    "mamba3_scan",
+    "mamba3_step",
     "refuses_fused_step",
     "rms_norm",
     "selective_scan",
     "selective_scan_step",
+    "ssd",
+    "ssd_step",
     "step_plan",
 ]

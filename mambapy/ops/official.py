@@ -109,6 +109,66 @@ def causal_conv1d(
     return y.transpose(1, 2)
 
 
+def refuses_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    seq_idx: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    """Why mamba_ssm cannot run this state-space duality, or None."""
+    if not HAS_SCAN:
+        return "mamba_ssm is not installed"
+    if x.device.type != "cuda":
+        return f"mamba_ssm needs a CUDA device, the tensors are on {x.device.type}"
+    if seq_idx is not None:
+        return "this adapter passes mamba_ssm no seq_idx"
+    if "torch.float64" in {str(T.dtype) for T in (x, dt, B, C)}:
+        return "mamba_ssm has no float64 kernel"
+    return None
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    state: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """`ops.ssd` by mamba_ssm: y (b, l, h, p) and the last state (b, h, p, n)."""
+    interface = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    y, last = interface.mamba_chunk_scan_combined(
+        x,
+        dt.to(x.dtype),
+        A.float(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        chunk_size or 256,
+        D=None if D is None else D.float(),
+        z=None if z is None else z.to(x.dtype),
+        dt_bias=None if dt_bias is None else dt_bias.float(),
+        initial_states=state,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_states=True,
+    )
+    return y, last.float()
+
+
 def _channels_first(x: Tensor) -> Tensor:
     """(b, l, c) -> (b, c, l), contiguous along the length."""
     return x.transpose(1, 2).contiguous()
