@@ -7,9 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambapy.config import MambaConfig
+    from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig
     from mambapy.lm import LM, MambaLM, from_pretrained
     from mambapy.mamba import Mamba, MambaBlock
+    from mambapy.mamba2 import Mamba2, Mamba2Block
+    from mambapy.mamba3 import Mamba3, Mamba3Block
     from mambapy.tokenizer import ByteTokenizer
 
 __version__ = "2.0.0.dev0"
@@ -18,6 +20,12 @@ __all__ = [
     "LM",
     "ByteTokenizer",
     "Mamba",
+    "Mamba2",
+    "Mamba2Block",
+    "Mamba2Config",
+    "Mamba3",
+    "Mamba3Block",
+    "Mamba3Config",
     "MambaBlock",
     "MambaConfig",
     "MambaLM",
@@ -32,6 +40,12 @@ _HOMES = {
     "Mamba": "mamba",
     "MambaBlock": "mamba",
     "MambaConfig": "config",
+    "Mamba2": "mamba2",
+    "Mamba2Block": "mamba2",
+    "Mamba2Config": "config",
+    "Mamba3": "mamba3",
+    "Mamba3Block": "mamba3",
+    "Mamba3Config": "config",
     "ByteTokenizer": "tokenizer",
 }
 

@@ -23,6 +23,21 @@ def init_A_log(A_log: Tensor) -> None:  # noqa: N802 (the papers' letter)
 
 
 @torch.no_grad()
+def init_A_log_uniform(A_log: Tensor, low: float, high: float) -> None:  # noqa: N802
+    """A uniform in -[low, high], one number a head, kept as A_log = log(-A).
+
+    Args:
+        A_log: (h).
+        low: least decay rate, > 0.
+        high: largest decay rate.
+
+    Source: Dao & Gu 2024 (arXiv 2405.21060), the paper's code (`A_init_range`).
+    """
+    rates = torch.empty(A_log.shape, dtype=torch.float32, device=A_log.device)
+    A_log.copy_(torch.log(rates.uniform_(low, high)))
+
+
+@torch.no_grad()
 def init_dt_bias(bias: Tensor, dt_min: float, dt_max: float, floor: float) -> None:
     """softplus(bias) = dt, with dt log-uniform in [dt_min, dt_max] and at least `floor`.
 

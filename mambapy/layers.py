@@ -78,6 +78,45 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
+class GatedRMSNorm(nn.Module):
+    """A norm of each group of channels, with a gate silu(z) before or after it.
+
+    Args:
+        d: channels.
+        n_groups: groups of d / n_groups channels, each normalised on its own.
+        eps: added to the mean square.
+        norm_before_gate: norm(y) silu(z), or else norm(y silu(z)).
+
+    Source: Dao & Gu 2024 (arXiv 2405.21060), section 7.1.
+    """
+
+    def __init__(
+        self, d: int, n_groups: int = 1, eps: float = 1e-5, *, norm_before_gate: bool = False
+    ) -> None:
+        super().__init__()
+        self.n_groups, self.eps, self.norm_before_gate = n_groups, eps, norm_before_gate
+        self.weight = nn.Parameter(torch.empty(d))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The scale starts at one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Map y and z (..., d) to (..., d), in the weight's dtype."""
+        y, z = widen(y), widen(z)
+        gate = F.silu(z)
+        y = self._norm(y) * gate if self.norm_before_gate else self._norm(y * gate)
+        return y.to(self.weight.dtype)
+
+    def _norm(self, y: Tensor) -> Tensor:
+        """The norm of each group."""
+        if self.n_groups == 1:
+            return ops.rms_norm(y, self.weight, self.eps)
+        groups = ops.rms_norm(y.unflatten(-1, (self.n_groups, -1)), None, self.eps)
+        return groups.flatten(-2) * self.weight.to(y.dtype)
+
+
 class DtProjection(WideParameters, nn.Linear):
     """The up-projection of dt, (b, l, R) -> (b, l, e); its bias is dt_bias and stays in float32.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import checkpoints, generation
-from mambapy.config import MambaConfig
+from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig, StackConfig
 from mambapy.errors import CheckpointError, ConfigError, ShapeError
 from mambapy.fused import FusedStep
 from mambapy.layers import (
@@ -24,22 +24,32 @@ from mambapy.layers import (
     product,
 )
 from mambapy.mamba import Mamba
+from mambapy.mamba2 import Mamba2
+from mambapy.mamba3 import Mamba3
 from mambapy.ops.dispatch import is_traced
 from mambapy.ragged import Ragged
+from mambapy.stack import Stack
 from mambapy.state import ModelState
 from mambapy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mambapy.ops.cpu.step import Rows, StepPlan
 
-__all__ = ["LM", "MambaConfig", "MambaLM", "from_pretrained"]
+__all__ = ["LM", "Mamba2Config", "Mamba3Config", "MambaConfig", "MambaLM", "from_pretrained"]
+
+# What config.json calls a stack, its configuration, and the stack itself.
+STACKS: dict[str, tuple[type[StackConfig], Callable[[Any], Stack]]] = {
+    "mamba": (MambaConfig, Mamba),
+    "mamba2": (Mamba2Config, Mamba2),
+    "mamba3": (Mamba3Config, Mamba3),
+}
 
 
 class LM(FusedStep):
     """A language model.
 
     Args:
-        config: the stack of blocks.
+        config: the stack of blocks: a MambaConfig, Mamba2Config or Mamba3Config.
         vocab_size: number of tokens, >= 1. Logits have this size.
         tie_embeddings: use the embedding's weight for the head too.
         pad_vocab_size_multiple: the weights have this many rows or a multiple, which suits the
@@ -53,7 +63,7 @@ class LM(FusedStep):
 
     def __init__(
         self,
-        config: MambaConfig,
+        config: StackConfig,
         vocab_size: int,
         *,
         tie_embeddings: bool = True,
@@ -66,14 +76,19 @@ class LM(FusedStep):
         }.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be an integer >= 1")
+        kinds = [name for name, (kind, _) in STACKS.items() if type(config) is kind]
+        if not kinds:
+            known = ", ".join(kind.__name__ for kind, _ in STACKS.values())
+            raise ConfigError(f"config must be one of {known}, got {type(config).__name__}")
         self.config = config
+        self.model_type = kinds[0]
         self.vocab_size = vocab_size
         self.tie_embeddings = tie_embeddings
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
         self.quantized: str | None = None
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.embedding = nn.Embedding(rows, config.d_model)
-        self.backbone = Mamba(config)
+        self.backbone = STACKS[self.model_type][1](config)
         self.norm_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_model, rows, bias=False)
         self._reset_embedding()
@@ -271,7 +286,7 @@ class LM(FusedStep):
             CheckpointError: a file could not be written; the earlier one is still there.
         """
         config = {
-            "model_type": "mamba",
+            "model_type": self.model_type,
             "vocab_size": self.vocab_size,
             "tie_embeddings": self.tie_embeddings,
             "pad_vocab_size_multiple": self.pad_vocab_size_multiple,
@@ -294,10 +309,12 @@ class LM(FusedStep):
         """
         found = checkpoints.load(directory, device)
         values = dict(found.config)
-        if values.pop("model_type", None) != "mamba":
-            raise CheckpointError(f"{directory}: model_type is not one that LM knows (mamba)")
+        model_type = values.pop("model_type", None)
+        if model_type not in STACKS:
+            known = ", ".join(STACKS)
+            raise CheckpointError(f"{directory}: model_type={model_type!r} is not one of {known}")
         try:
-            config = MambaConfig.from_dict(values.pop("config"))
+            config = STACKS[model_type][0].from_dict(values.pop("config"))
             kind = values.pop("quantized", None)
             with torch.device("meta"):
                 model = cls(config, values.pop("vocab_size"), **values)

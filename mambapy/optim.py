@@ -17,12 +17,15 @@ from mambapy.errors import ConfigError
 ROLES: dict[str, tuple[str, bool]] = {
     "A_log": (r"A_log", False),
     "D": (r"D", False),
-    "dt_bias": (r"dt_proj\.bias", False),
-    "norm": (r"norm(_f)?\.(weight|bias)", False),
+    "dt_bias": (r"dt_bias|dt_proj\.bias", False),
+    "BC_bias": (r"[BC]_bias", False),
+    "mimo": (r"mimo_[xzo]", False),
+    "init_states": (r"init_states", False),
+    "norm": (r"([BC]_)?norm(2|_f)?\.(weight|bias)", False),
     "bias": (r"bias", False),
     "embedding": (r"embedding\.weight", False),
     "conv": (r"conv1d\.weight", True),
-    "matrix": (r"(in_proj|x_proj|dt_proj|out_proj|lm_head)\.weight", True),
+    "matrix": (r"(in_proj|x_proj|dt_proj|out_proj|fc1|fc2|lm_head)\.weight", True),
 }
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps"}
@@ -35,7 +38,7 @@ def role(name: str) -> str:
         ConfigError: no pattern fits.
     """
     for key, (pattern, _) in ROLES.items():
-        if re.search(rf"(^|\.){pattern}$", name):
+        if re.search(rf"(^|\.)(?:{pattern})$", name):
             return key
     raise ConfigError(f"parameter {name!r} has no role; add it to mambapy.optim.ROLES: {[*ROLES]}")
 

@@ -94,6 +94,12 @@ class Ragged:
             return dt
         return dt.masked_fill(~_within(self.lengths, dt.shape[1])[:, :, None], NO_STEP)
 
+    def no_step(self, delta: Tensor) -> Tensor:
+        """delta (b, l, h) after softplus, 0 at the padding, so that states stand still."""
+        if self.lengths is None:
+            return delta
+        return delta.masked_fill(~_within(self.lengths, delta.shape[1])[:, :, None], 0.0)
+
     def last_document(self, before: Tensor) -> Tensor:
         """(b,) the document of each row's last token; `before`'s where a row has no token."""
         if self.seq_idx is None:

@@ -130,6 +130,36 @@ class SSMState(State):
 
 
 @dataclass(frozen=True)
+class Mamba2State(State):
+    """The state of one Mamba-2 layer.
+
+    Args:
+        conv: (b, k-1, h p + 2 g n) the last inputs of the convolution: x, B and C.
+        ssm: (b, h, p, n) h, the state of the recurrence.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class Mamba3State(State):
+    """The state of one Mamba-3 layer.
+
+    Args:
+        phase: (b, h, s) the angle that each pair of channels has been turned by, radians.
+        ssm: (b, h, p, n) h, the state of the recurrence.
+        key: (b, r, h, n) the last token's B, with its bias, turned.
+        value: (b, h, p) the last token's x.
+    """
+
+    phase: Tensor
+    ssm: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class ModelState(State):
     """The state of a stack of layers.
 

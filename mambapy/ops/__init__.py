@@ -11,7 +11,7 @@ from mambapy.ops.model_step import refuses_fused_step, step_plan
 from mambapy.ops.norm import rms_norm
 from mambapy.ops.reference_ssd import Mamba3Parts
 from mambapy.ops.selective_scan import selective_scan, selective_scan_step
-from mambapy.ops.ssd import ssd, ssd_step
+from mambapy.ops.ssd import ssd, ssd_from_start, ssd_step
 
 __all__ = [
     "Mamba3Parts",
@@ -28,6 +28,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_step",
     "ssd",
+    "ssd_from_start",
     "ssd_step",
     "step_plan",
 ]

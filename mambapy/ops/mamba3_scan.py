@@ -21,6 +21,7 @@ from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, reference_ssd, ssd_chunked
 from mambapy.ops.reference import continues, wide_dtype
 from mambapy.ops.reference_ssd import Mamba3Parts, biased, inputs, turned, zero_parts
+from mambapy.ops.running_sum import since_start
 from mambapy.ops.selective_scan import check_seq_idx
 from mambapy.ops.ssd import check_tensors
 
@@ -153,12 +154,11 @@ def mamba3_step(
         ShapeError: a shape, dtype or device does not fit.
     """
     tensors = (x, dt, A, trap, omega, B, C)
-    first = [T.unsqueeze(1) for T in tensors]
-    _check(*first, D, B_bias, C_bias, mimo_x, rotate, state)
+    x1, dt1, A1, trap1, omega1, B1, C1 = (T.unsqueeze(1) for T in tensors)
+    _check(x1, dt1, A1, trap1, omega1, B1, C1, D, B_bias, C_bias, mimo_x, rotate, state)
     with dispatch.without_autocast(x):
         return reference_ssd.mamba3_step(
-            *tensors,
-            D,
+            *(x, dt, A, trap, omega, B, C, D),
             B_bias=B_bias,
             C_bias=C_bias,
             mimo_x=mimo_x,
@@ -236,30 +236,13 @@ def phases(omega: Tensor, dt: Tensor, before: Tensor, starts: Tensor | None) -> 
         starts: (b, l) bool, True where another document than the token before's starts; or None.
     """
     turns = dt.unsqueeze(-1) * omega.unsqueeze(2)  # (b, l, h, s)
-    total = running_sum(turns.flatten(2)).unflatten(2, turns.shape[2:])  # (b, l, h, s)
-    before = before.unsqueeze(1)
-    if starts is not None:
-        # Of a document that starts here, what was summed up before it does not count.
-        index = torch.arange(starts.shape[1], device=starts.device)
-        first = torch.where(starts, index, 0).cummax(dim=1).values[:, :, None, None]  # (b, l, 1, 1)
-        earlier = (total - turns).gather(1, first.expand_as(total))
-        before = torch.where(first == 0, before, -earlier)  # (b, l, h, s)
-    total = total + before
+    total, goes_on = since_start(turns.flatten(2), starts)
+    total = total.unflatten(2, turns.shape[2:])  # (b, l, h, s)
+    if goes_on is None:
+        total = total + before.unsqueeze(1)
+    else:
+        total = total + torch.where(goes_on.unsqueeze(-1), before.unsqueeze(1), 0.0)
     return (torch.remainder(total + math.pi, 2 * math.pi) - math.pi).to(dt.dtype)
-
-
-def running_sum(T: Tensor, block: int = 64) -> Tensor:
-    """Sums of T (b, l, m) over the length up to each step, in float64 where the device has it."""
-    # By products with matrices of ones: CUDA's cumsum is not deterministic.
-    T = T.to(torch.float32 if T.device.type == "mps" else torch.float64)
-    l = T.shape[1]
-    upto = torch.ones(min(l, block), min(l, block), dtype=T.dtype, device=T.device).tril_()
-    if l <= block:
-        return torch.einsum("ij,bjm->bim", upto, T)
-    T = torch.nn.functional.pad(T, (0, 0, 0, -l % block)).unflatten(1, (-1, block))
-    inside = torch.einsum("ij,bcjm->bcim", upto, T)
-    ends = inside[:, :, -1]  # (b, c, m)
-    return (inside + (running_sum(ends) - ends).unsqueeze(2)).flatten(1, 2)[:, :l]
 
 
 def _last(T: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:

@@ -190,7 +190,13 @@ def mamba3_scan(
         if keep is not None:
             before = _where(keep[:, t], parts, Mamba3Parts(*map(torch.zeros_like, parts)))
         y, after = mamba3_step(
-            *(T[:, t] for T in (x, dt, A, trap, omega, B, C)),
+            x[:, t],
+            dt[:, t],
+            A[:, t],
+            trap[:, t],
+            omega[:, t],
+            B[:, t],
+            C[:, t],
             D,
             B_bias=B_bias,
             C_bias=C_bias,

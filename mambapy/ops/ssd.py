@@ -1,14 +1,16 @@
 """State-space duality, Mamba-2's recurrence: the public op, its one-step twin, its backends."""
 
 import math
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, official, reference_ssd, ssd_chunked
 from mambapy.ops.reference import continues, step_size, wide_dtype
+from mambapy.ops.running_sum import since_start
 from mambapy.ops.selective_scan import check_seq_idx
 
 
@@ -71,7 +73,7 @@ def ssd(  # type: ignore[misc]
     _check(x, dt, A, B, C, D, z, dt_bias, state, seq_idx)
     if chunk_size is not None and chunk_size < 1:
         raise ShapeError(f"chunk_size={chunk_size} must be >= 1, or None")
-    options = {
+    options: dict[str, Any] = {
         "dt_bias": dt_bias,
         "dt_softplus": dt_softplus,
         "dt_limit": dt_limit,
@@ -131,6 +133,31 @@ def ssd_step(
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
         )
+
+
+def ssd_from_start(
+    initial: Tensor, dt: Tensor, A: Tensor, C: Tensor, seq_idx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `ssd` would add if documents that start inside the sequence started from `initial`.
+
+    The first token's document is left out: its state is an argument of `ssd`.
+
+    Args:
+        initial: (h, p, n) the state before a document.
+        dt: (b, l, h) step sizes, bias, softplus and limit applied.
+        A: (h), < 0.
+        C: (b, l, g, n) output weights.
+        seq_idx: (b, l) integers, the document of each token.
+
+    Returns:
+        To be added to y, (b, l, h, p), and to the last state, (b, h, p, n).
+    """
+    log_decay, goes_on = since_start(dt * A, ~continues(seq_idx))  # (b, l, h), (b, l, 1)
+    left = log_decay.clamp(max=0.0).exp().to(initial.dtype)  # (b, l, h)
+    left = torch.where(cast(Tensor, goes_on), 0.0, left)
+    heads = initial.unflatten(0, (C.shape[2], -1))  # (g, e, p, n)
+    read = torch.einsum("blgn,gepn->blgep", C.to(initial.dtype), heads).flatten(2, 3)
+    return left.unsqueeze(-1) * read, left[:, -1, :, None, None] * initial
 
 
 def _chunked(
@@ -210,7 +237,7 @@ def _check(
 
 
 def check_tensors(x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """Raise unless each tensor, where given, has its shape, is floating point, and is where x is."""
+    """Raise unless each tensor, where given, has its shape, is floating point, and is by x."""
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue

@@ -206,9 +206,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _autograd(
-    ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of `_forward`; itself differentiable where a second derivative is asked for."""
     *tensors, bounds = ctx.saved_tensors
     if torch.is_grad_enabled() and transform() is None:

@@ -1,0 +1,41 @@
+"""Sums over the length, from the start of each document: exact, and the same bits on each run."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def running_sum(T: Tensor, block: int = 64) -> Tensor:
+    """Sums of T (b, l, m) over the length up to each step, in float64 where the device has it."""
+    # By products with matrices of ones: CUDA's cumsum is not deterministic.
+    T = T.to(torch.float32 if T.device.type == "mps" else torch.float64)
+    l = T.shape[1]
+    upto = torch.ones(min(l, block), min(l, block), dtype=T.dtype, device=T.device).tril_()
+    if l <= block:
+        return torch.einsum("ij,bjm->bim", upto, T)
+    T = F.pad(T, (0, 0, 0, -l % block)).unflatten(1, (-1, block))
+    inside = torch.einsum("ij,bcjm->bcim", upto, T)
+    ends = inside[:, :, -1]  # (b, c, m)
+    return (inside + (running_sum(ends) - ends).unsqueeze(2)).flatten(1, 2)[:, :l]
+
+
+def since_start(T: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Sums of T (b, l, m) from the first step of each token's document up to it.
+
+    Args:
+        T: (b, l, m).
+        starts: (b, l) bool, True where another document than the token before's starts; None
+            where there is one document. The first token starts none.
+
+    Returns:
+        The sums (b, l, m), float64 where the device has it, and where starts are given, whether a
+        token is still in the first document, (b, l, 1).
+    """
+    total = running_sum(T)
+    if starts is None:
+        return total, None
+    index = torch.arange(starts.shape[1], device=starts.device)
+    first = torch.where(starts, index, 0).cummax(dim=1).values.unsqueeze(-1)  # (b, l, 1)
+    goes_on = first == 0
+    earlier = (total - T).gather(1, first.expand_as(total))
+    return total - torch.where(goes_on, 0.0, earlier), goes_on
