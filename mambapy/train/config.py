@@ -21,6 +21,12 @@ else:
 
 # What `minutes` is when neither it nor `steps` is given.
 DEFAULT_MINUTES = 3.0
+# The architectures, and which of the sizes below each has besides those that all have.
+SIZES = {
+    "mamba": ("d_conv",),
+    "mamba2": ("d_conv", "d_head", "n_groups"),
+    "mamba3": ("d_head", "n_groups", "mimo_rank"),
+}
 # Share of the text that is not trained on.
 HELD_OUT_SHARE = 0.05
 
@@ -59,12 +65,28 @@ class TrainConfig:
         HELD_OUT_SHARE, "share of the text held out, 256 KiB at most", above=0, most=0.5, fixed=True
     )
 
-    model: str = _setting("mamba", "architecture", choices=("mamba",), fixed=True)
+    model: str = _setting("mamba", "architecture", choices=tuple(SIZES), fixed=True)
     d_model: int = _setting(192, "width of the residual stream", least=1, fixed=True)
     n_layers: int = _setting(4, "number of blocks", least=1, fixed=True)
-    d_state: int = _setting(16, "state size of each channel", least=1, most=256, fixed=True)
+    d_state: int | None = _setting(
+        None, "state size of each channel [16; 64 in heads]", least=1, most=256, fixed=True
+    )
     expand: float = _setting(2.0, "inner width / d_model", above=0, fixed=True)
-    d_conv: int = _setting(4, "width of the causal convolution, tokens", least=1, fixed=True)
+    d_intermediate: int | None = _setting(
+        None, "width of the MLP after each mixer [0; mamba3: 2 d_model]", least=0, fixed=True
+    )
+    d_conv: int | None = _setting(
+        None, "width of the convolution, tokens [4]; mamba, mamba2", least=1, fixed=True
+    )
+    d_head: int | None = _setting(
+        None, "channels of a head [64]; mamba2, mamba3", least=1, fixed=True
+    )
+    n_groups: int | None = _setting(
+        None, "groups of heads that share B and C [1]; mamba2, mamba3", least=1, fixed=True
+    )
+    mimo_rank: int | None = _setting(
+        None, "inputs and outputs of a head at each step [1]; mamba3", least=1, fixed=True
+    )
     tie_embeddings: bool = _setting(True, "share the head's weight with the embedding", fixed=True)
 
     batch_size: int = _setting(8, "sequences in one forward pass", least=1)
@@ -122,6 +144,12 @@ class TrainConfig:
             raise ConfigError(
                 f"steps={self.steps} and minutes={self.minutes} both say how long; give one of them"
             )
+        for name in dict.fromkeys(name for names in SIZES.values() for name in names):
+            if getattr(self, name) is not None and name not in SIZES[self.model]:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is no size of {self.model}; "
+                    f"it has: {', '.join(SIZES[self.model])}"
+                )
         if not self.out:
             raise ConfigError("out='' must be the path of a run folder")
         if self.steps is None and self.minutes is None:
@@ -131,6 +159,21 @@ class TrainConfig:
     def cache_folder(self) -> Path:
         """Where the prepared tokens are."""
         return Path(self.cache) if self.cache else Path(self.out) / "data"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the architecture, for its own configuration."""
+        in_heads = self.model != "mamba"
+        given = {name: getattr(self, name) for name in SIZES[self.model]}
+        mlp = 2 * self.d_model if self.model == "mamba3" else 0
+        return {
+            "d_model": self.d_model,
+            "n_layers": self.n_layers,
+            "d_state": self.d_state or (64 if in_heads else 16),
+            "expand": self.expand,
+            "d_intermediate": mlp if self.d_intermediate is None else self.d_intermediate,
+            **{name: value for name, value in given.items() if value is not None},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; `from_dict` is the inverse."""

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mambapy.config import MambaConfig
 from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
-from mambapy.lm import LM
+from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
 from mambapy.tokenizer import (
     BYTE_FILE,
@@ -143,14 +142,7 @@ def _new_run(
 ) -> state.Run:
     """A model with its initial weights, and its optimiser, at step 0."""
     torch.manual_seed(config.seed)
-    architecture = MambaConfig(
-        d_model=config.d_model,
-        n_layers=config.n_layers,
-        d_state=config.d_state,
-        expand=config.expand,
-        d_conv=config.d_conv,
-        backend=config.backend,
-    )
+    architecture = STACKS[config.model][0](**config.sizes, backend=config.backend)
     model = LM(architecture, vocab_size, tie_embeddings=config.tie_embeddings).to(device)
     model.gradient_checkpointing = config.checkpointing == "block"
     optimizer = make_optimizer(

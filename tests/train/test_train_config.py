@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig, StackConfig
 from mambapy.errors import ConfigError
+from mambapy.lm import STACKS
 from mambapy.train.config import DEFAULT_MINUTES, TrainConfig
 
 
@@ -34,12 +36,43 @@ def test_every_setting_has_a_help_text() -> None:
         ({"minutes": -1}, "minutes=-1 must be above 0"),
         ({"out": ""}, "out='' must be the path"),
         ({"backend": "fast"}, "backend='fast' must be one of auto"),
+        ({"model": "mamba4"}, "model='mamba4' must be one of mamba, mamba2, mamba3"),
+        ({"mimo_rank": 2}, "mimo_rank=2 is no size of mamba; it has: d_conv"),
+        ({"model": "mamba3", "d_conv": 4}, "d_conv=4 is no size of mamba3; it has: d_head"),
     ],
 )
 def test_impossible_value_raises(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         TrainConfig(**values)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, MambaConfig(d_model=192, n_layers=4)),
+        ({"model": "mamba2"}, Mamba2Config(d_model=192, n_layers=4, d_state=64)),
+        (
+            {"model": "mamba3", "mimo_rank": 2, "d_state": 8},
+            Mamba3Config(d_model=192, n_layers=4, d_state=8, mimo_rank=2, d_intermediate=384),
+        ),
+        (
+            {"model": "mamba2", "d_head": 32, "n_groups": 2, "d_conv": 3, "d_intermediate": 9},
+            Mamba2Config(
+                d_model=192,
+                n_layers=4,
+                d_state=64,
+                d_head=32,
+                n_groups=2,
+                d_conv=3,
+                d_intermediate=9,
+            ),
+        ),
+    ],
+)
+def test_sizes_of_an_architecture(values: dict[str, Any], expected: StackConfig) -> None:
+    config = TrainConfig(**values)
+    assert STACKS[config.model][0](**config.sizes) == expected
 
 
 def test_length_of_the_run() -> None:

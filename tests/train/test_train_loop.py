@@ -321,3 +321,27 @@ def test_progress_and_messages_go_to_stderr(tiny: dict[str, Any], capsys: Any) -
     assert "12/12 steps" in captured.err
     for word in ("tok/s", "bits/byte", "held-out", "left"):
         assert word in captured.err
+
+
+@pytest.mark.parametrize("model", ["mamba2", "mamba3"])
+def test_other_architectures_train_and_resume(tiny, monkeypatch, model):
+    tiny |= {"model": model, "d_head": 8}
+    whole = {**tiny, "out": tiny["out"] + "-whole"}
+    run(whole)
+    saved = LM.from_pretrained(whole["out"])
+    assert saved.model_type == model
+    assert saved.config.d_head == 8
+    assert losses(whole)[-1][1] < losses(whole)[0][1] - 0.2
+    step = Trainer.step
+
+    def interrupted(self):
+        if self.run.step == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny)
+    monkeypatch.setattr(Trainer, "step", step)
+    train(state.saved_config(tiny["out"]), resume=True, quiet=True)
+    assert losses(tiny) == losses(whole)
