@@ -12,7 +12,14 @@ from mambapy.errors import ConfigError
 
 KINDS = ("scan", "block", "train", "decode")
 GIB = 1 << 30
-_LETTERS = {"batch": "b", "length": "l", "d_model": "d", "d_inner": "e", "d_state": "n"}
+_LETTERS = {
+    "batch": "b",
+    "length": "l",
+    "d_model": "d",
+    "d_inner": "e",
+    "d_state": "n",
+    "d_head": "p",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +119,16 @@ def _block(l: int, d: int, n: int, **options: Any) -> Case:
     return Case(kind="block", sizes=sizes, contestants=contestants, **options)
 
 
+def _heads(case: Case) -> Case:
+    """The same shape for Mamba-2 and Mamba-3, with 128 states and heads of 64 channels."""
+    return replace(
+        case,
+        sizes={**case.sizes, "d_state": 128, "d_head": 64},
+        contestants=("floor", "mamba2", "mamba3", "transformers mamba2"),
+        sweeps=(),
+    )
+
+
 def _train(b: int, l: int, d: int, layers: int, vocab_size: int, **options: Any) -> Case:
     """A training step of a language model."""
     sizes = {"batch": b, "length": l, "d_model": d, "d_state": 16}
@@ -163,20 +180,24 @@ def _block_cases() -> list[Case]:
     states = [_block(1024, 768, n, sweeps=("d_state",)) for n in (32, 64, 128, 256)]
     larger = [_block(1024, d, 16, sweeps=("d_model",)) for d in (1024, 1536)]
     longer = [_block(4096, 768, 16, sweeps=("length",))]
-    return [*lengths, *widths, middle, *states, *larger, *longer]
+    heads = [_heads(_block(l, 768, 128, patience_s=90.0)) for l in (1024, 4096)]
+    return [*lengths, *widths, middle, *states, *larger, *longer, *heads]
 
 
 _FULL = {
     "scan": _scan_cases(),
     "block": _block_cases(),
     "train": [_train(16, 256, 256, 6, 257)],
-    "decode": [_decode(512, 768, 24, 50277, 64)],
+    "decode": [_decode(512, 768, 24, 50277, 64), _heads(_decode(512, 768, 24, 50277, 64))],
 }
 
 _TINY: dict[str, Any] = {"fresh": False, "budget_s": 0.0, "least_s": 0.005}
 _QUICK = {
     "scan": [_scan(1, l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)],
-    "block": [_block(l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)],
+    "block": [
+        *(_block(l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)),
+        _heads(_block(64, 64, 128, **_TINY)),
+    ],
     "train": [_train(2, 16, 64, 2, 257, **_TINY)],
     "decode": [_decode(16, 64, 2, 257, 4, 1 << 24, **_TINY)],
 }

@@ -57,6 +57,9 @@ WHO = {
     "reference": Who("ours.py", {"backend": "reference"}, copies=(0, 6, 5)),
     MAMBA_PY: Who("mamba_py.py", library=MAMBA_PY, copies=(7, 10, 5)),
     "transformers": Who("hf.py", package="transformers", copies=(4, 13, 6)),
+    "mamba2": Who("ours.py", {"model": "mamba2"}),
+    "mamba3": Who("ours.py", {"model": "mamba3"}),
+    "transformers mamba2": Who("hf.py", package="transformers"),
 }
 
 

@@ -1,4 +1,7 @@
-"""transformers' Mamba; without the CUDA kernels it scans a step at a time, in plain PyTorch."""
+"""transformers' Mamba and Mamba-2, without the CUDA kernels: in plain PyTorch.
+
+Mamba scans a step at a time, Mamba-2 works in chunks.
+"""
 
 import importlib
 from typing import Any
@@ -13,8 +16,9 @@ theirs: Any = importlib.import_module("transformers")
 
 def block(sizes: Sizes, options: Options) -> nn.Module:
     """One mixer."""
-    module = importlib.import_module("transformers.models.mamba.modeling_mamba")
-    mixer: nn.Module = module.MambaMixer(_config(sizes), layer_idx=0)
+    kind, name = ("mamba2", "Mamba2Mixer") if "d_head" in sizes else ("mamba", "MambaMixer")
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    mixer: nn.Module = getattr(module, name)(_config(sizes), layer_idx=0)
     return mixer
 
 
@@ -33,7 +37,8 @@ class Model(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.model = theirs.MambaForCausalLM(_config(sizes))
+        kind = theirs.Mamba2ForCausalLM if "d_head" in sizes else theirs.MambaForCausalLM
+        self.model = kind(_config(sizes))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (b, l) to logits (b, l, v)."""
@@ -60,9 +65,15 @@ class Decoder:
 
 def _config(sizes: Sizes) -> Any:
     """The architecture of a case."""
-    return theirs.MambaConfig(
-        hidden_size=sizes["d_model"],
-        state_size=sizes["d_state"],
-        num_hidden_layers=sizes.get("n_layers", 1),
-        vocab_size=-(-sizes.get("vocab_size", 8) // 8) * 8,
+    common = {
+        "hidden_size": sizes["d_model"],
+        "state_size": sizes["d_state"],
+        "num_hidden_layers": sizes.get("n_layers", 1),
+        "vocab_size": -(-sizes.get("vocab_size", 8) // 8) * 8,
+    }
+    if "d_head" not in sizes:
+        return theirs.MambaConfig(**common)
+    heads = 2 * sizes["d_model"] // sizes["d_head"]
+    return theirs.Mamba2Config(
+        **common, num_heads=heads, head_dim=sizes["d_head"], n_groups=1, tie_word_embeddings=True
     )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import ops
-from mambapy.lm import LM
-from mambapy.mamba import MambaBlock, MambaConfig
+from mambapy.config import StackConfig
+from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
 
 Sizes = dict[str, int]
@@ -37,7 +37,8 @@ def scan_facts(*inputs: Tensor) -> dict[str, str]:
 
 def block(sizes: Sizes, options: Options) -> nn.Module:
     """One mixer."""
-    return MambaBlock(_config(sizes, options))
+    model = STACKS[options.get("model", "mamba")][1](_config(sizes, options))
+    return model.layers[0].mixer
 
 
 def language_model(sizes: Sizes, options: Options) -> LM:
@@ -69,16 +70,19 @@ class Decoder:
 def decoder(sizes: Sizes, options: Options) -> Decoder:
     """A model with random weights, in the precision of the options."""
     model = language_model(sizes, options).eval()
-    if options["weights"] != "float32":
+    if options.get("weights", "float32") != "float32":
         model.quantize(options["weights"])
     return Decoder(model)
 
 
-def _config(sizes: Sizes, options: Options) -> MambaConfig:
+def _config(sizes: Sizes, options: Options) -> StackConfig:
     """The architecture of a case."""
-    return MambaConfig(
-        d_model=sizes["d_model"],
-        d_state=sizes["d_state"],
-        n_layers=sizes.get("n_layers", 1),
-        backend=options.get("backend", "auto"),
-    )
+    values: dict[str, Any] = {
+        "d_model": sizes["d_model"],
+        "d_state": sizes["d_state"],
+        "n_layers": sizes.get("n_layers", 1),
+        "backend": options.get("backend", "auto"),
+    }
+    if "d_head" in sizes:
+        values["d_head"] = sizes["d_head"]
+    return STACKS[options.get("model", "mamba")][0](**values)
