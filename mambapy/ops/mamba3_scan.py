@@ -11,7 +11,7 @@ with `scale` s and `own` trap dt: one pass.
 Source: Mamba-3 (2026), the trapezoidal recurrence with data-dependent rotations.
 """
 
-import math
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, reference_ssd, ssd_chunked
+from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.reference import continues, wide_dtype
-from mambapy.ops.reference_ssd import Mamba3Parts, biased, inputs, turned, zero_parts
-from mambapy.ops.running_sum import since_start
+from mambapy.ops.reference_ssd import Mamba3Parts, inputs, zero_parts
 from mambapy.ops.selective_scan import check_seq_idx
 from mambapy.ops.ssd import check_tensors
+from mambapy.ops.turning import keys_and_queries
 
 
 @overload
@@ -83,7 +84,7 @@ def mamba3_scan(  # type: ignore[misc]
         lengths: (b) how many tokens of each row are real, the rest is padding on the right: the
             state stands after the last real one.
         return_state: whether to return the state too.
-        backend: "auto", or one of "chunked", "reference".
+        backend: "auto", or one of "cpu", "chunked", "reference".
 
     Returns:
         y (b, l, r, h, p) in x's dtype; with `return_state` also the state, float32 or wider.
@@ -107,7 +108,7 @@ def mamba3_scan(  # type: ignore[misc]
     }
     tensors = (x, dt, A, trap, omega, B, C, D)
     run = dispatch.pick("mamba3_scan", BACKENDS, backend, *tensors, **options)
-    if run is _chunked:
+    if run is not reference_ssd.mamba3_scan:
         options["chunk_size"] = chunk_size
     with dispatch.without_autocast(x):
         y, parts = run(*tensors, **options)
@@ -185,6 +186,7 @@ def _chunked(
     state: Mamba3Parts | None = None,
     seq_idx: Tensor | None = None,
     lengths: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Mamba3Parts]:
     """`mamba3_scan` by `ssd_chunked.dual`; see the head of this file."""
     wide = wide_dtype(x, dt, A, trap, B, C, None if state is None else state.ssm)
@@ -203,9 +205,8 @@ def _chunked(
     own = trap * dt  # (b, l, h)
     scale = own + torch.nn.functional.pad(later[:, 1:], (0, 0, 0, 1))  # (b, l, h)
 
-    phase = phases(omega, dt, parts.phase, starts)  # (b, l, h, s)
-    K = turned(biased(B, B_bias, x.shape[2]), phase.unsqueeze(2), rotate)  # (b, l, r, h, n)
-    Q = turned(biased(C, C_bias, x.shape[2]), phase.unsqueeze(2), rotate)  # (b, l, r, h, n)
+    make = cpu.keys_and_queries if fused else keys_and_queries
+    K, Q, phase = make(B, C, B_bias, C_bias, dt, omega, parts.phase, starts, rotate)
     X = inputs(x_wide, mimo_x)  # (b, l, r, h, p)
     # The half of the token before the first that is still to come.
     before = torch.einsum("brhp,brhn->bhpn", inputs(parts.value, mimo_x), parts.key)
@@ -220,29 +221,11 @@ def _chunked(
         None if D is None else D.to(wide),
         ssm,
         chunk_size=chunk_size or ssd_chunked.chunk_for(x, X.shape[2]),
+        fused=fused and X.shape[2] == 1,
     )
     # A copy: a view would keep the whole sequence alive.
     last = tuple(_last(T, lengths, old) for T, old in ((K, parts.key), (x_wide, parts.value)))
     return y.to(x.dtype), Mamba3Parts(phase[:, -1].clone(), ssm, *last)
-
-
-def phases(omega: Tensor, dt: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
-    """(b, l, h, s) in [-pi, pi): the sum of omega dt since the document's start.
-
-    Args:
-        omega: (b, l, s).
-        dt: (b, l, h).
-        before: (b, h, s) the phase before the first step.
-        starts: (b, l) bool, True where another document than the token before's starts; or None.
-    """
-    turns = dt.unsqueeze(-1) * omega.unsqueeze(2)  # (b, l, h, s)
-    total, goes_on = since_start(turns.flatten(2), starts)
-    total = total.unflatten(2, turns.shape[2:])  # (b, l, h, s)
-    if goes_on is None:
-        total = total + before.unsqueeze(1)
-    else:
-        total = total + torch.where(goes_on.unsqueeze(-1), before.unsqueeze(1), 0.0)
-    return (torch.remainder(total + math.pi, 2 * math.pi) - math.pi).to(dt.dtype)
 
 
 def _last(T: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
@@ -314,6 +297,7 @@ def _check(
 BACKENDS = dispatch.register(
     "mamba3_scan",
     [
+        dispatch.Backend("cpu", partial(_chunked, fused=True), cpu.refuses),
         dispatch.Backend("chunked", _chunked),
         dispatch.Backend("reference", reference_ssd.mamba3_scan),
     ],

@@ -39,3 +39,16 @@ def since_start(T: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None
     goes_on = first == 0
     earlier = (total - T).gather(1, first.expand_as(total))
     return total - torch.where(goes_on, 0.0, earlier), goes_on
+
+
+def until_end(T: Tensor, starts: Tensor | None) -> Tensor:
+    """Sums of T (b, l, m) from each step to its document's last: the gradient of `since_start`."""
+    total = running_sum(T)
+    if starts is None:
+        return total[:, -1:] - total + T
+    l = starts.shape[1]
+    index = torch.where(starts, torch.arange(l, device=starts.device), l)
+    # The first start after each step, less one.
+    after = F.pad(index[:, 1:], (0, 1), value=l)
+    end = after.flip(1).cummin(dim=1).values.flip(1) - 1  # (b, l)
+    return total.gather(1, end.unsqueeze(-1).expand_as(total)) - total + T

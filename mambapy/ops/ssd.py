@@ -1,6 +1,7 @@
 """State-space duality, Mamba-2's recurrence: the public op, its one-step twin, its backends."""
 
 import math
+from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, official, reference_ssd, ssd_chunked
+from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.ops.running_sum import since_start
 from mambapy.ops.selective_scan import check_seq_idx
@@ -58,7 +60,7 @@ def ssd(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. Where it changes, the state restarts
             from zero; the initial state belongs to the first token's document.
         return_state: whether to return h after the last step too.
-        backend: "auto", or one of "official", "chunked", "reference".
+        backend: "auto", or one of "cpu", "official", "chunked", "reference".
 
     Returns:
         y (b, l, h, p) in x's dtype; with `return_state` also the state (b, h, p, n), float32 or
@@ -175,6 +177,7 @@ def _chunked(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` by `ssd_chunked.dual`: B is its K, C its Q, and a token counts as much as its dt."""
     wide = wide_dtype(x, dt, A, B, C, state)
@@ -192,6 +195,7 @@ def _chunked(
         D=D.to(wide) if D is not None and D.dim() == 1 else None,
         state=None if state is None else state.to(wide),
         chunk_size=chunk_size or ssd_chunked.chunk_for(x),
+        fused=fused,
     )
     y = y.squeeze(2)  # (b, l, h, p)
     if D is not None and D.dim() == 2:
@@ -254,6 +258,7 @@ def check_tensors(x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int,
 BACKENDS = dispatch.register(
     "ssd",
     [
+        dispatch.Backend("cpu", partial(_chunked, fused=True), cpu.refuses),
         dispatch.Backend("official", official.ssd, official.refuses_ssd),
         dispatch.Backend("chunked", _chunked),
         dispatch.Backend("reference", reference_ssd.ssd),

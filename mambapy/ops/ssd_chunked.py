@@ -60,6 +60,7 @@ def dual(
     state: Tensor | None = None,
     *,
     chunk_size: int,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of a head with r inputs and outputs a step, in chunks.
 
@@ -76,11 +77,12 @@ def dual(
         D: (h) skip, or None.
         state: (b, h, p, n) before the first step; zeros without it.
         chunk_size: tokens of a chunk.
+        fused: whether `ops/cpu/ssd.py` makes the matrices; for CPU tensors and r = 1.
 
     Returns:
         y (b, l, r, h, p) and the last state (b, h, p, n); all in one dtype, float32 or float64.
     """
-    y, last, _ = _call_forward(x, log_decay, scale, K, Q, own, D, state, chunk_size)
+    y, last, _ = _call_forward(x, log_decay, scale, K, Q, own, D, state, chunk_size, fused)
     return y, last
 
 
@@ -110,6 +112,7 @@ def _forward(
     D: Tensor | None,
     state: Tensor | None,
     chunk: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state, and the states before each segment and after all: (b, s+1, g, n, e, p)."""
     y, last, bounds = _empty_outputs(x, K, chunk)
@@ -118,7 +121,7 @@ def _forward(
         for i, segment in enumerate(_spans(x.shape[1], SEGMENT * chunk)):
             bounds[rows, i] = S
             for steps in _chunk_tiles(x, rows, segment, chunk):
-                tile = _Tile.of(x, log_decay, scale, K, Q, own, D, rows, steps, chunk)
+                tile = _Tile.of(x, log_decay, scale, K, Q, own, D, rows, steps, chunk, fused)
                 S = tile.forward(S, y[rows, steps])
         bounds[rows, -1] = S
         last[rows] = S.permute(0, 1, 3, 4, 2).flatten(1, 2)
@@ -136,6 +139,7 @@ def _(
     D: Tensor | None,
     state: Tensor | None,
     chunk: int,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_outputs(x, K, chunk)
 
@@ -154,6 +158,7 @@ def _backward(
     D: Tensor | None,
     state: Tensor | None,
     chunk: int,
+    fused: bool,
 ) -> Grads:
     """The gradients; an empty tensor for what was None."""
     grads = _empty_grads(x, log_decay, scale, K, Q, own, D, state)
@@ -165,7 +170,7 @@ def _backward(
         for i, segment in reversed(list(enumerate(_spans(x.shape[1], SEGMENT * chunk)))):
             tiles, S = [], bounds[rows, i]
             for steps in _chunk_tiles(x, rows, segment, chunk):
-                tile = _Tile.of(x, log_decay, scale, K, Q, own, D, rows, steps, chunk)
+                tile = _Tile.of(x, log_decay, scale, K, Q, own, D, rows, steps, chunk, fused)
                 before = tile.states(S)
                 tiles.append((steps, tile, before[:, :-1]))
                 S = before[:, -1]
@@ -196,13 +201,14 @@ def _(
     D: Tensor | None,
     state: Tensor | None,
     chunk: int,
+    fused: bool,
 ) -> Grads:
     return _empty_grads(x, log_decay, scale, K, Q, own, D, state)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the inputs and the states between the segments."""
-    *tensors, ctx.chunk = inputs
+    *tensors, ctx.chunk, ctx.fused = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
@@ -214,8 +220,9 @@ def _autograd(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor) -> tuple[T
             _reference, tensors, ctx.needs_input_grad[:8], (grad_y, grad_last)
         )
     else:
-        grads = _call_backward(grad_y, grad_last, bounds, *tensors, ctx.chunk)
-    return (*[g if T is not None else None for g, T in zip(grads, tensors, strict=True)], None)
+        grads = _call_backward(grad_y, grad_last, bounds, *tensors, ctx.chunk, ctx.fused)
+    given = [g if T is not None else None for g, T in zip(grads, tensors, strict=True)]
+    return (*given, None, None)
 
 
 # vmap folds its axis into the batch where only what has a batch has one.
@@ -236,6 +243,7 @@ class _Tile:
         own: (b, t, g, e, q) or None.
         D: (g, e, 1) or None.
         r: rows of a token.
+        fused: whether a kernel makes the matrices.
     """
 
     X: Tensor
@@ -246,6 +254,7 @@ class _Tile:
     own: Tensor | None
     D: Tensor | None
     r: int
+    fused: bool
 
     @classmethod
     def of(
@@ -260,6 +269,7 @@ class _Tile:
         rows: slice,
         steps: slice,
         chunk: int,
+        fused: bool,
     ) -> "_Tile":
         """The tile of some rows and steps: whole chunks, or the shorter one at the end."""
         g, q = K.shape[3], min(chunk, steps.stop - steps.start)
@@ -280,12 +290,13 @@ class _Tile:
             None if own is None else by_head(own),
             None if D is None else D.view(g, -1, 1),
             x.shape[2],
+            fused,
         )
 
     def forward(self, S: Tensor, y: Tensor) -> Tensor:
         """Write the outputs to y (b, l, r, h, p); the state after the tile."""
         before = self.states(S)  # (b, t+1, g, n, e, p)
-        M = self.matrix(self.weights(self.decays()), self.scores())
+        M = self.matrix(self.scores())
         inside = torch.einsum("btgeij,btjgep->btigep", M, self.X)
         across = torch.einsum("btign,btgnep->btigep", self.Q, before[:, :-1])
         y = y.unflatten(1, (before.shape[1] - 1, -1)).flatten(2, 3).unflatten(3, M.shape[2:4])
@@ -331,31 +342,51 @@ class _Tile:
         by_total = torch.einsum("btgnep,btgnep->btge", after, before) * total[..., 0, :, 0]
 
         # Inside chunks.
-        E, scores = self.decays(), self.scores()
-        weights = self.weights(E)
+        scores = self.scores()
         gM = torch.einsum("btigep,btjgep->btgeij", gY, X)
-        gX = torch.einsum("btgeij,btigep->btjgep", self.matrix(weights, scores), gY)
-        gX.addcmul_(gW, counts)
-        g_scores = (gM * weights).sum(3)  # (b, t, g, i, j)
+        gD = gM.diagonal(dim1=-2, dim2=-1).sum((0, 1, 4)).flatten()  # (h)
+        M, g_scores, g_cum, g_scale, g_own = self.inside(scores, gM)
+        gX = torch.einsum("btgeij,btigep->btjgep", M, gY).addcmul_(gW, counts)
         gQ = torch.einsum("btgij,btjgn->btign", g_scores, K)
         gQ += torch.einsum("btigep,btgnep->btign", P, before)
         gK = torch.einsum("btgij,btign->btjgn", g_scores, Q)
         gK += torch.einsum("btjgep,btgnep->btjgn", X * counts, after)
-        gD = gM.diagonal(dim1=-2, dim2=-1).sum((0, 1, 4)).flatten()  # (h)
-        g_weights = self.by_pair(gM.mul_(scores[:, :, :, None]))  # (b, t, g, e, q, q)
-        g_own = g_weights.diagonal(dim1=-2, dim2=-1).clone()
-        g_weights.mul_(E)
-        g_scale = g_weights.sum(-2)
-        g_cum = torch.einsum("btgeij,btgej->btgei", g_weights, scale) - g_scale * scale
-        g_scale += by_left
+        g_cum = g_cum - g_scale * scale
+        g_scale = g_scale + by_left
         by_left = by_left * scale
         g_cum += by_into - by_left
         g_cum[..., -1] += by_left.sum(-1) + by_total
         if self.own is None:
-            g_scale += g_own
+            g_scale = g_scale + g_own
         g_log_decay = _running_sum(g_cum, reverse=True).to(g_cum.dtype)
         found = [self.back(gX.flatten(3, 4)), *map(self.flat, (g_log_decay, g_scale))]
         return grad_S, [*found, self.back(gK), self.back(gQ), self.flat(g_own), gD]
+
+    def inside(self, scores: Tensor, gM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """M, and gradients from that of M, which may be overwritten.
+
+        Returns:
+            M (b, t, g, e, i, j), the gradients of the scores (b, t, g, i, j), of cum by row, of
+            scale, and of what a token counts for itself, (b, t, g, e, q) each.
+        """
+        if self.fused:
+            from mambapy.ops.cpu import ssd
+
+            return ssd.inside(self.cum, self.scale, self.own, self.D, scores, gM.contiguous())
+        E = self.decays()
+        weights = self.weights(E)
+        g_scores = (gM * weights).sum(3)  # (b, t, g, i, j)
+        g_weights = self.by_pair(gM * scores[:, :, :, None])  # (b, t, g, e, q, q)
+        g_own = g_weights.diagonal(dim1=-2, dim2=-1).clone()
+        g_weights.mul_(E)
+        g_cum = torch.einsum("btgeij,btgej->btgei", g_weights, self.scale)
+        return (
+            self.skipped(weights * scores[:, :, :, None]),
+            g_scores,
+            g_cum,
+            g_weights.sum(-2),
+            g_own,
+        )
 
     def decays(self) -> Tensor:
         """(b, t, g, e, q, q): exp(cum_i - cum_j) below the diagonal, 0 elsewhere."""
@@ -378,9 +409,16 @@ class _Tile:
         """(b, t, g, i, j): Q_i K_j."""
         return torch.einsum("btign,btjgn->btgij", self.Q, self.K)
 
-    def matrix(self, weights: Tensor, scores: Tensor) -> Tensor:
+    def matrix(self, scores: Tensor) -> Tensor:
         """(b, t, g, e, i, j): M, with the skip on its diagonal."""
-        M = weights * scores[:, :, :, None]
+        if self.fused:
+            from mambapy.ops.cpu import ssd
+
+            return ssd.matrix(self.cum, self.scale, self.own, self.D, scores)
+        return self.skipped(self.weights(self.decays()) * scores[:, :, :, None])
+
+    def skipped(self, M: Tensor) -> Tensor:
+        """M with the skip on its diagonal."""
         if self.D is not None:
             M.diagonal(dim1=-2, dim2=-1).add_(self.D)
         return M

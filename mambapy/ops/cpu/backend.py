@@ -42,6 +42,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     return torch_ops.cpu_causal_conv1d(x.to(run_in), weight, bias, **options).to(x.dtype)
 
 
+def keys_and_queries(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`turning.keys_and_queries` in one pass."""
+    from mambapy.ops.cpu import turn_op
+
+    return turn_op.keys_and_queries(*args)
+
+
 def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> str | None:
     """Why the kernel cannot run a norm, or None."""
     return "it needs a weight" if weight is None else refuses(x)

@@ -1,4 +1,4 @@
-"""exp, softplus, sigmoid and SiLU on vectors, for use inside kernels.
+"""exp, softplus, sigmoid, SiLU, cosine and sine on vectors, for use inside kernels.
 
 2^r is split as 2^k * 2^f with k the nearest integer and |f| <= 1/2. Adding 1.5 * 2^23 rounds r and
 leaves k in the low bits of the sum, so that 2^k is multiplied in by one shift and one integer
@@ -130,3 +130,57 @@ def silu_and_slope(v):
     s = sigmoid(v)
     out = v * s
     return out, fma(out, like(v, 1.0) - s, s)
+
+
+# Taylor's series to the term that no longer counts for |r| <= pi / 4, in r^2.
+_SIN = {
+    bits: tuple((-1) ** i / math.factorial(2 * i + 1) for i in range(terms))
+    for bits, terms in ((32, 5), (64, 9))
+}
+_COS = {
+    bits: tuple((-1) ** i / math.factorial(2 * i) for i in range(terms))
+    for bits, terms in ((32, 6), (64, 10))
+}
+_sin_ratio, _cos_series = polynomial(_SIN), polynomial(_COS)
+# pi / 2 and 2 pi in two parts.
+_QUARTER, _QUARTER_LOW = (
+    {32: 1.5707963705062866, 64: math.pi / 2},
+    {
+        32: -4.371139000186241e-08,
+        64: 6.123233995736766e-17,
+    },
+)
+_quarter, _quarter_low = constant(_QUARTER), constant(_QUARTER_LOW)
+_turn = constant({bits: 4 * part for bits, part in _QUARTER.items()})
+_turn_low = constant({bits: 4 * part for bits, part in _QUARTER_LOW.items()})
+
+
+@inline
+def whole(x):
+    """x rounded to the nearest whole number, for |x| < 2^22 (float64: 2^51)."""
+    return (x + _magic(x)) - _magic(x)
+
+
+@inline
+def within_a_turn(angle, rest):
+    """(angle, rest) with angle + rest the same but for whole turns, and |angle| <= pi or so."""
+    turns = whole(angle * like(angle, 1 / (2 * math.pi)))
+    zero = like(angle, 0.0)
+    return fma(zero - turns, _turn(angle), angle), fma(zero - turns, _turn_low(angle), rest)
+
+
+@inline
+def cos_and_sin(angle):
+    """(cos, sin) of an angle of at most a turn either way, within 2 ulp of 1."""
+    k = whole(angle * like(angle, 2 / math.pi))
+    zero = like(angle, 0.0)
+    r = fma(zero - k, _quarter_low(angle), fma(zero - k, _quarter(angle), angle))
+    square = r * r
+    s, c = _sin_ratio(square) * r, _cos_series(square)
+    # Quarters of a turn: 0; 1 and 3; 2.
+    k = k - like(angle, 4.0) * whole(k * like(angle, 0.25))
+    odd, half = k * k, like(angle, 1.5)
+    some = like(angle, 0.5)
+    cos = where_greater(odd, some, where_greater(odd, half, zero - c, zero - k * s), c)
+    sin = where_greater(odd, some, where_greater(odd, half, zero - s, k * c), s)
+    return cos, sin

@@ -197,6 +197,47 @@ def exponent_and_mantissa(typingctx, value, split):
     return result(value, split), codegen
 
 
+def _shuffle(start: int):
+    """An intrinsic `f(a, b)`: every second lane of a, then of b, from lane `start` on."""
+
+    @intrinsic
+    def every_second(typingctx, a, b):
+        if not (isinstance(a, Vec) and a == b):
+            return None
+
+        def codegen(context, builder, sig, args):
+            lanes = ir.Constant(
+                ir.VectorType(ir.IntType(32), LANES), list(range(start, 2 * LANES, 2))
+            )
+            return builder.shuffle_vector(*args, lanes)
+
+        return a(a, b), codegen
+
+    return every_second
+
+
+def _zip(start: int):
+    """An intrinsic `f(a, b)`: lanes of a and b in turn, from lane `start` of either on."""
+
+    @intrinsic
+    def in_turn(typingctx, a, b):
+        if not (isinstance(a, Vec) and a == b):
+            return None
+
+        def codegen(context, builder, sig, args):
+            lanes = [lane for i in range(start, start + LANES // 2) for lane in (i, i + LANES)]
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes)
+            return builder.shuffle_vector(*args, mask)
+
+        return a(a, b), codegen
+
+    return in_turn
+
+
+evens, odds = _shuffle(0), _shuffle(1)
+zip_low, zip_high = _zip(0), _zip(LANES // 2)
+
+
 # Constants and broadcasts
 
 
