@@ -104,17 +104,12 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Map y and z (..., d) to (..., d), in the weight's dtype."""
-        y, z = widen(y), widen(z)
-        gate = F.silu(z)
-        y = self._norm(y) * gate if self.norm_before_gate else self._norm(y * gate)
+        if not self.norm_before_gate:
+            y = ops.gated_rms_norm(y, z, self.weight, self.n_groups, self.eps)
+            return y.to(self.weight.dtype)
+        groups = ops.rms_norm(widen(y).unflatten(-1, (self.n_groups, -1)), None, self.eps)
+        y = groups.flatten(-2) * widen(self.weight) * F.silu(widen(z))
         return y.to(self.weight.dtype)
-
-    def _norm(self, y: Tensor) -> Tensor:
-        """The norm of each group."""
-        if self.n_groups == 1:
-            return ops.rms_norm(y, self.weight, self.eps)
-        groups = ops.rms_norm(y.unflatten(-1, (self.n_groups, -1)), None, self.eps)
-        return groups.flatten(-2) * self.weight.to(y.dtype)
 
 
 class DtProjection(WideParameters, nn.Linear):

@@ -5,6 +5,7 @@ Each op has several backends, named in `dispatch`; `explain` says which one a ca
 
 from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from mambapy.ops.dispatch import Verdict, explain
+from mambapy.ops.gated_norm import gated_rms_norm
 from mambapy.ops.info import backends_info
 from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
 from mambapy.ops.model_step import refuses_fused_step, step_plan
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv1d_step",
     "conv_state",
     "explain",
+    "gated_rms_norm",
     "mamba3_scan",
     "mamba3_step",
     "refuses_fused_step",

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from mambapy.ops import reference
-from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
+from mambapy.ops.custom_op import (
+    differentiable,
+    differentiable_gradients,
+    never_twice,
+    nothing,
+    transform,
+)
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import scan_in_place
 
@@ -214,7 +220,7 @@ def _autograd(
     """The gradient of `_forward`; itself differentiable where a second derivative is asked for."""
     *tensors, bounds = ctx.saved_tensors
     if torch.is_grad_enabled() and transform() is None:
-        grads = reference.differentiable_gradients(
+        grads = differentiable_gradients(
             lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
                 *(x, dt, A, B, C, D, z),
                 dt_bias=dt_bias,

@@ -1,12 +1,13 @@
 """Custom operators that autograd, torch.compile and torch.func all go through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambapy.ops.dispatch import is_traced
+from mambapy.ops.dispatch import is_traced, without_autocast
 
 Call = Callable[..., Any]
 
@@ -89,6 +90,12 @@ def differentiable(
     # kernel does for few tokens.
     function = op._init_fn
 
+    def backward_pass(ctx: Any, *grads: Tensor | None) -> Any:
+        # The forward pass knew no autocast either.
+        given = next((grad for grad in grads if isinstance(grad, Tensor)), None)
+        with nullcontext() if given is None else without_autocast(given):
+            return gradient(ctx, *grads)
+
     def as_tuple(result: Any) -> Any:
         # autograd.Function watches no tensors in a list.
         return tuple(result) if isinstance(result, list) else result
@@ -99,7 +106,7 @@ def differentiable(
             return as_tuple(function(*args))
 
         setup_context = staticmethod(setup)
-        backward = staticmethod(gradient)
+        backward = staticmethod(backward_pass)
 
     def call(*args: Any) -> Any:
         if not is_traced():
@@ -118,9 +125,49 @@ def differentiable(
             return call(*args)
 
         setup_context = staticmethod(setup)
-        backward = staticmethod(gradient)
+        backward = staticmethod(backward_pass)
         vmap = staticmethod(_map_rule(call, rows, tuple))
 
-    op.register_autograd(gradient, setup_context=setup)
+    op.register_autograd(backward_pass, setup_context=setup)
     op.register_vmap(_map_rule(call, rows, kind))
     return call
+
+
+def differentiable_gradients(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of a reference op that autograd can differentiate again (`create_graph=True`).
+
+    Kernels know their first derivative only. Where a second one is asked for, they take the first
+    from here: slow, exact, and rarely needed.
+
+    Args:
+        function: the reference op, as a function of the tensors.
+        tensors: its arguments; None stays None.
+        needed: which of them need a gradient.
+        grad_outputs: the gradients of its outputs; None counts as zero.
+
+    Returns:
+        A gradient for each tensor; None where none is needed.
+    """
+    # In a model some arguments are functions of others: dt of x. As views, each stands for itself,
+    # and the paths between them are left to autograd, which goes along them anyway.
+    tensors = [None if T is None else T.view_as(T) for T in tensors]
+    results = function(*tensors)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if g is not None]
+    wanted = [i for i, need in enumerate(needed) if need]
+    found = torch.autograd.grad(
+        [result for result, _ in pairs],
+        [T for i in wanted if (T := tensors[i]) is not None],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return grads

@@ -5,9 +5,6 @@ Nothing here is fast. Every other backend is tested against this file, on output
 Letters: b batch, l length, e channels (d_inner), n state size, k convolution width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -198,41 +195,13 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     return y.to(x.dtype)
 
 
-def differentiable_gradients(
-    function: Callable[..., Any],
-    tensors: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    grad_outputs: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """Gradients of a reference op that autograd can differentiate again (`create_graph=True`).
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, n_groups: int = 1, eps: float = 1e-5
+) -> Tensor:
+    """weight * norm(y silu(z)), the norm over each of n_groups groups of channels, in y's dtype.
 
-    Kernels know their first derivative only. Where a second one is asked for, they take the first
-    from here: slow, exact, and rarely needed.
-
-    Args:
-        function: the reference op, as a function of the tensors.
-        tensors: its arguments; None stays None.
-        needed: which of them need a gradient.
-        grad_outputs: the gradients of its outputs; None counts as zero.
-
-    Returns:
-        A gradient for each tensor; None where none is needed.
+    Source: Dao & Gu 2024 (arXiv 2405.21060), section 7.1.
     """
-    # In a model some arguments are functions of others: dt of x. As views, each stands for itself,
-    # and the paths between them are left to autograd, which goes along them anyway.
-    tensors = [None if T is None else T.view_as(T) for T in tensors]
-    results = function(*tensors)
-    results = results if isinstance(results, tuple) else (results,)
-    pairs = [(r, g) for r, g in zip(results, grad_outputs, strict=True) if g is not None]
-    wanted = [i for i, need in enumerate(needed) if need]
-    found = torch.autograd.grad(
-        [result for result, _ in pairs],
-        [T for i in wanted if (T := tensors[i]) is not None],
-        [grad for _, grad in pairs],
-        create_graph=True,
-        allow_unused=True,
-    )
-    grads: list[Tensor | None] = [None] * len(tensors)
-    for i, grad in zip(wanted, found, strict=True):
-        grads[i] = grad
-    return grads
+    wide = wide_dtype(y, z, weight)
+    gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (n_groups, -1))
+    return (rms_norm(gated, None, eps).flatten(-2) * weight.to(wide)).to(y.dtype)

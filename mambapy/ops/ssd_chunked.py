@@ -26,8 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambapy.ops import reference, reference_ssd
-from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
+from mambapy.ops import reference_ssd
+from mambapy.ops.custom_op import (
+    differentiable,
+    differentiable_gradients,
+    never_twice,
+    nothing,
+    transform,
+)
 
 # Gradients of x, log_decay, scale, K, Q, own, D, state; an empty tensor for what was None.
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -216,7 +222,7 @@ def _autograd(ctx: Any, grad_y: Tensor, grad_last: Tensor, _: Tensor) -> tuple[T
     """The gradient of `_forward`; itself differentiable where a second derivative is asked for."""
     *tensors, bounds = ctx.saved_tensors
     if torch.is_grad_enabled() and transform() is None:
-        grads = reference.differentiable_gradients(
+        grads = differentiable_gradients(
             _reference, tensors, ctx.needs_input_grad[:8], (grad_y, grad_last)
         )
     else:

@@ -199,7 +199,7 @@ def matrix(
     M = scores.new_empty(*cum.shape, q)
     tensors: list[Tensor | None]
     tensors = [*_halves(cum, F), scale, scale if own is None else own.contiguous()]
-    tensors += [_skips(D, cum), scores.contiguous(), M]
+    tensors += [_skips(D, cum), scores.to(F).contiguous(), M]
     heads = cum.numel() // q
     args = pack([heads, e, q], [None if T is None else T.view(-1) for T in tensors])
     scratch = (q + LANES) * F.itemsize
@@ -221,7 +221,7 @@ def inside(
         token counts for itself, (b, t, g, e, q) each.
     """
     F, q, e = arithmetic(scores.dtype), cum.shape[-1], cum.shape[3]
-    scale, scores = scale.contiguous(), scores.contiguous()
+    scale, scores = scale.contiguous(), scores.to(F).contiguous()
     blocks, heads = -(-q // ROWS), cum.numel() // q
     g_scores = torch.empty_like(scores)
     g_row, g_own = (scores.new_empty(cum.shape) for _ in range(2))

@@ -13,9 +13,14 @@ from torch.library import custom_op
 
 from mambapy.ops import reference
 from mambapy.ops.cpu import conv1d, norm, selective_scan
-from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
+from mambapy.ops.custom_op import (
+    differentiable,
+    differentiable_gradients,
+    never_twice,
+    nothing,
+    transform,
+)
 from mambapy.ops.dispatch import is_traced
-from mambapy.ops.reference import differentiable_gradients
 
 
 @custom_op("mambapy::cpu_selective_scan", mutates_args=())

@@ -1,4 +1,4 @@
-"""The kernels of `turn.py` as a torch operator with gradients."""
+"""What Mamba-2 and Mamba-3 have in kernels, `turn.py` and `gated_norm.py`, with gradients."""
 
 # No annotations from the future here: torch 2.8 reads the schemas of operators from the real ones.
 from typing import List
@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from mambapy.ops.cpu import turn
-from mambapy.ops.custom_op import differentiable, never_twice, nothing, transform
-from mambapy.ops.reference import differentiable_gradients
+from mambapy.ops import reference
+from mambapy.ops.cpu import gated_norm, turn
+from mambapy.ops.custom_op import (
+    differentiable,
+    differentiable_gradients,
+    never_twice,
+    nothing,
+    transform,
+)
 from mambapy.ops.running_sum import until_end
 from mambapy.ops.turning import keys_and_queries as in_torch
 
@@ -118,3 +124,53 @@ def keys_and_queries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`turning.keys_and_queries`, fused."""
     return _call(B, C, B_bias, C_bias, dt, omega, before, starts, rotate == "halves")
+
+
+@custom_op("mambapy::cpu_gated_rms_norm", mutates_args=())
+def _norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+    return gated_norm.forward(y, z, weight, n_groups, eps)
+
+
+@_norm.register_fake
+def _(y, z, weight, n_groups, eps):
+    return y.new_empty(y.shape)
+
+
+@custom_op("mambapy::cpu_gated_rms_norm_backward", mutates_args=())
+def _norm_backward(
+    grad: Tensor, y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gated_norm.backward(grad, y, z, weight, n_groups, eps)
+
+
+@_norm_backward.register_fake
+def _(grad, y, z, weight, n_groups, eps):
+    return y.new_empty(y.shape), z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+def _norm_setup(ctx, inputs, output):
+    *tensors, ctx.n_groups, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _norm_gradient(ctx, grad):
+    tensors = ctx.saved_tensors
+    if torch.is_grad_enabled() and transform() is None:
+        grads = differentiable_gradients(
+            lambda y, z, weight: reference.gated_rms_norm(y, z, weight, ctx.n_groups, ctx.eps),
+            tensors,
+            ctx.needs_input_grad[:3],
+            (grad,),
+        )
+    else:
+        grads = _call_norm_backward(grad, *tensors, ctx.n_groups, ctx.eps)
+    return (*grads, None, None)
+
+
+_call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 1))
+_call_norm_backward = differentiable(_norm_backward, nothing, never_twice)
+
+
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+    """`gated_norm.forward` with autograd."""
+    return _call_norm(y, z, weight, n_groups, eps)
