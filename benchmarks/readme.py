@@ -11,6 +11,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEADLINE = "block-b1-l1024-d768-n16"
+HEADS = "block-b1-l1024-d768-n128-p64"
 MAMBA_PY = ("mamba.py 1.2", "mamba.py")
 
 
@@ -46,6 +47,36 @@ def block() -> str:
     return table(head, *rows)
 
 
+def heads() -> str:
+    """Times of blocks of Mamba-2 and Mamba-3 over those of Mamba-2's matrix products."""
+    found = {c["pass"]: c["contestants"] for c in load("block")["cases"] if c["name"] == HEADS}
+    names = [
+        ("its two projections and its chunks' products", "floor"),
+        ("mambapy, Mamba-2", "mamba2"),
+        ("mambapy, Mamba-3", "mamba3"),
+        ("transformers, Mamba-2", "transformers mamba2"),
+    ]
+    rows = []
+    for label, name in names:
+        passes = [found[one] for one in ("forward", "training")]
+        ratios = [one[name]["median_s"] / one["floor"]["median_s"] for one in passes]
+        memory = passes[1][name]["peak_bytes"]
+        rows.append(
+            [
+                label,
+                *[f"{ratio:.2f}" for ratio in ratios],
+                "" if memory is None else f"{memory / 1e6:.0f} MB",
+            ]
+        )
+    head = [
+        "one block of Mamba-2's, d_model 768, d_state 128, length 1024",
+        "forward",
+        "forward + backward",
+        "memory of it",
+    ]
+    return table(head, *rows)
+
+
 def train() -> str:
     """Speed and memory of training."""
     found = load("train")["cases"][0]["contestants"]
@@ -64,14 +95,20 @@ def train() -> str:
 
 def decode() -> str:
     """Speed of reading a prompt, and of writing."""
-    found = {c["pass"]: c["contestants"] for c in load("decode")["cases"]}
     names = [
         ("mambapy", "mambapy float32"),
         ('mambapy, `quantize("bfloat16")`', "mambapy bfloat16"),
         ('mambapy, `quantize("int8")`', "mambapy int8"),
         MAMBA_PY,
         ("transformers", "transformers"),
+        ("mambapy, Mamba-2", "mamba2"),
+        ("mambapy, Mamba-3", "mamba3"),
+        ("transformers, Mamba-2", "transformers mamba2"),
     ]
+    found: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
+    for case in load("decode")["cases"]:
+        # The shape of Mamba-2 has a floor of its own, which no row names.
+        found[case["pass"]] |= case["contestants"]
     rows = [
         [label, *[f"{found[one][name]['tokens_per_s']:,.0f}" for one in ("prefill", "decode")]]
         for label, name in names
@@ -96,7 +133,13 @@ def shakespeare() -> str:
     )
 
 
-PARTS = {"block": block, "train": train, "decode": decode, "shakespeare": shakespeare}
+PARTS = {
+    "block": block,
+    "heads": heads,
+    "train": train,
+    "decode": decode,
+    "shakespeare": shakespeare,
+}
 
 
 def fill(text: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mambapy.ops.cpu.step import Rows, StepPlan
 
 # Attributes of a layer that its part of a plan depends on, besides its parameters.
-READ = ("eps", "forward")
+READ = ("eps", "forward", "n_groups", "norm_before_gate")
 
 
 class Snapshot:
@@ -69,6 +69,8 @@ class FusedStep(nn.Module):
     """A model whose step can run in one launch."""
 
     _planned: _Planned | None = None
+    # False for a model of which no step will ever be planned: that need not be found out each time.
+    can_plan: bool = True
 
     def plan_step(self, plan: StepPlan, residual: Rows) -> Rows | None:
         """Append the step's stages; where its result will be, or None if it cannot be planned."""
@@ -88,7 +90,7 @@ class FusedStep(nn.Module):
             What `plan_step` promised, (b, width), and the new state; None where the step must run
             op by op.
         """
-        if ops.refuses_fused_step(x, state.dtype, backend) is not None:
+        if not self.can_plan or ops.refuses_fused_step(x, state.dtype, backend) is not None:
             return None
         # Taken out while it is in use, so that another thread makes its own.
         planned, self._planned = self._planned, None

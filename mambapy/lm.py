@@ -89,6 +89,7 @@ class LM(FusedStep):
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.embedding = nn.Embedding(rows, config.d_model)
         self.backbone = STACKS[self.model_type][1](config)
+        self.can_plan = self.backbone.can_plan
         self.norm_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_model, rows, bias=False)
         self._reset_embedding()

@@ -18,6 +18,8 @@ What changed since Mamba-1: one decay for all channels and states of a head, so 
 becomes matrix products; B, C and dt come straight from the block's input, beside x.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,10 +28,13 @@ from mambapy import ops
 from mambapy.block import Mixer
 from mambapy.config import Mamba2Config
 from mambapy.init import init_A_log_uniform, init_dt_bias
-from mambapy.layers import GatedRMSNorm, may_overwrite, widen
+from mambapy.layers import GatedRMSNorm, is_plain, may_overwrite, product, widen
 from mambapy.ragged import Ragged
 from mambapy.stack import Stack
 from mambapy.state import Mamba2State
+
+if TYPE_CHECKING:
+    from mambapy.ops.cpu.step import Rows, StepPlan
 
 __all__ = ["Mamba2", "Mamba2Block", "Mamba2Config"]
 
@@ -140,6 +145,36 @@ class Mamba2Block(Mixer[Mamba2State]):
             dt_limit=self.config.dt_limit,
         )
         return self._finish(y, z, gate, value), Mamba2State(conv, ssm)
+
+    def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
+        """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
+        config, norm = self.config, self.norm
+        in_proj, out_proj = product(self.in_proj), product(self.out_proj)
+        if in_proj is None or out_proj is None or norm is None or self.parts[0]:
+            return False
+        if type(self) is not Mamba2Block or not is_plain(self.conv1d, nn.Conv1d):
+            return False
+        if not is_plain(norm, GatedRMSNorm) or norm.norm_before_gate:
+            return False
+        groups = config.n_groups * config.d_state
+        _, _, z, xBC, dt = plan.linear(x, in_proj, "in_proj").split(*self.parts)
+        xBC = plan.conv(xBC, self.conv1d.weight, self.conv1d.bias, silu=True)
+        x, B, C = xBC.split(config.d_ssm_channels, groups, groups)
+        y = plan.ssd(
+            x,
+            dt,
+            self.A_log,
+            B,
+            C,
+            self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=config.dt_limit,
+            d_head=config.d_head,
+            n_groups=config.n_groups,
+        )
+        y = plan.gated_norm(y, z, norm.weight, norm.n_groups, norm.eps)
+        plan.linear(y, out_proj, add_to=residual)
+        return True
 
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of `Mamba2State`."""

@@ -45,6 +45,8 @@ class Mamba3(Stack):
         config: the architecture.
     """
 
+    can_plan = False
+
     def __init__(self, config: Mamba3Config) -> None:
         super().__init__(config, lambda: Mamba3Block(config))
 

@@ -19,10 +19,15 @@ def backends_info(device: torch.device | str = "cpu") -> list[dict[str, Any]]:
     x = torch.zeros(1, 2, 4, device=device)
     A, B = torch.zeros(4, 3, device=device), torch.zeros(1, 2, 3, device=device)
     weight = torch.zeros(4, 4, device=device)
+    heads, groups = x.view(1, 2, 2, 2), B.view(1, 2, 1, 3)
+    dt, rows = x[..., :2], B.view(1, 2, 1, 1, 3)
     calls = {
         "selective_scan": (x, x, A, B, B),
         "causal_conv1d": (x, weight),
+        "ssd": (heads, dt, A[:2, 0], groups, groups),
+        "mamba3_scan": (heads, dt, dt, dt, x[..., :1], rows, rows),
         "rms_norm": (x, weight[0]),
+        "gated_rms_norm": (x, x, weight[0]),
         "model_step": (x[0], x.dtype),
     }
     return [

@@ -146,6 +146,45 @@ class StepPlan:
         )  # fmt: skip
         return y
 
+    def ssd(
+        self,
+        x: Rows,
+        dt: Rows,
+        A_log: Tensor,
+        B: Rows,
+        C: Rows,
+        D: Tensor,
+        *,
+        dt_bias: Tensor,
+        dt_limit: tuple[float, float],
+        d_head: int,
+        n_groups: int,
+    ) -> Rows:
+        """`ops.ssd_step` with A = -exp(A_log) and softplus; has a state."""
+        e, n, h = x.width, B.width // n_groups, x.width // d_head
+        y = self.rows("scan", e)
+        self._work += self.batch * e * n * 4
+        self._made.append(torch.tensor(dt_limit, dtype=self.dtype))
+        limits = self._made[-1].data_ptr()
+        self._add(
+            kernel.SSD, self.batch * h, x, y, self._address(A_log), self._address(dt_bias), e,
+            *self._state(), dt.start, dt.pitch, B.start, C.start, B.pitch, d_head, n_groups,
+            limits, self._address(D), n, int(D.dim() == 2),
+        )  # fmt: skip
+        return y
+
+    def gated_norm(self, x: Rows, z: Rows, weight: Tensor, n_groups: int, eps: float) -> Rows:
+        """`ops.gated_rms_norm` of each row."""
+        y = self.rows("gated", x.width)
+        self._work += self.batch * x.width * 20
+        self._made.append(torch.tensor([eps], dtype=self.dtype))
+        bits = self._made[-1].data_ptr()
+        self._add(
+            kernel.GATED_NORM, self.batch * n_groups, x, y, self._address(weight), 0, x.width,
+            z.start, z.pitch, n_groups, bits,
+        )  # fmt: skip
+        return y
+
     def run(self, inputs: list[Tensor], states: list[Tensor]) -> list[Tensor]:
         """Run every stage.
 

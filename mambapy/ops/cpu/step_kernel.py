@@ -41,12 +41,14 @@ STAGES, WORK, BATCH = range(SIZES, SIZES + 3)
 # Y, DT, B, C, Z) are counted in numbers, a pitch is the distance of two rows; the rest are
 # addresses (0: there is none) and sizes.
 FIELDS = 24
-NORM, LINEAR, CONV, SCAN = range(4)
+NORM, LINEAR, CONV, SCAN, SSD, GATED_NORM = range(6)
 KIND, TASKS, NEXT, DONE, X, X_PITCH, Y, Y_PITCH, WEIGHT, BIAS, CHANNELS = range(11)
 EPS_BITS = 11
 CODE, SCALE, INNER, BLOCK, ADD = range(11, 16)
 OLD, NEW, TAPS, SILU = range(11, 15)
 DT, DT_PITCH, B, C, BC_PITCH, Z, Z_PITCH, D, STATES, SOFTPLUS, IS_LOG = range(13, 24)
+HEAD, GROUP, LIMITS, SKIP, SSD_STATES, SKIP_BY_CHANNEL = range(18, 24)
+GATE, GATE_PITCH, GROUPS, GATED_EPS_BITS = range(11, 15)
 WIDTH = 128
 
 
@@ -227,6 +229,71 @@ def _scan(args, at, task, base, F):
             store(w, y + c, load(w, y + c) * silu(load(w, z + c)))
 
 
+@inline
+def _ssd(args, at, task, base, F):
+    """One token through the recurrence of a head of Mamba-2."""
+    w, spare = pointer(args[WORK], F), pointer(base, F)
+    width, states, groups = args[at + HEAD], args[at + SSD_STATES], args[at + GROUP]
+    heads = args[at + CHANNELS] // width
+    row, head = task // heads, task % heads
+    group = head // (heads // groups)
+    x = args[at + X] + row * args[at + X_PITCH] + head * width
+    y = args[at + Y] + row * args[at + Y_PITCH] + head * width
+    b_row = args[at + B] + row * args[at + BC_PITCH] + group * states
+    c_row = args[at + C] + row * args[at + BC_PITCH] + group * states
+    old, new = pointer(args[at + OLD], F), pointer(args[at + NEW], F)
+    limits = pointer(args[at + LIMITS], F)
+    step = w[args[at + DT] + row * args[at + DT_PITCH] + head]
+    if args[at + BIAS] != 0:
+        step += pointer(args[at + BIAS], F)[head]
+    store(spare, 0, softplus(splat(step)))
+    step = min(max(spare[0], limits[0]), limits[1])
+    store(spare, 0, exp(splat(pointer(args[at + WEIGHT], F)[head])))
+    decay = exp2(splat(-step * spare[0] * F(LOG2E)))
+    for p in range(width):
+        value, sums = w[x + p], zeros(F)
+        dx = splat(step * value)
+        for n in range(0, states, LANES):
+            left, i = states - n, ((row * heads + head) * width + p) * states + n
+            h = fma(dx, _some(w, b_row + n, left), decay * _some(old, i, left))
+            if left >= LANES:
+                store(new, i, h)
+            else:
+                store_first(new, i, h, left)
+            sums = fma(h, _some(w, c_row + n, left), sums)
+        total = lanes_total(sums)
+        if args[at + SKIP] != 0:
+            skip = head * width + p if args[at + SKIP_BY_CHANNEL] != 0 else head
+            total += pointer(args[at + SKIP], F)[skip] * value
+        w[y + p] = total
+
+
+@inline
+def _gated_norm(args, at, task, F):
+    """One group of one row of the norm of x silu(gate)."""
+    w, groups = pointer(args[WORK], F), args[at + GROUPS]
+    row, width = task // groups, args[at + CHANNELS] // groups
+    first = task % groups * width
+    x = args[at + X] + row * args[at + X_PITCH] + first
+    gate = args[at + GATE] + row * args[at + GATE_PITCH] + first
+    y = args[at + Y] + row * args[at + Y_PITCH] + first
+    weight = pointer(args[at + WEIGHT], F)
+    squares = zeros(F)
+    for c in range(0, width, LANES):
+        u = _some(w, x + c, width - c) * silu(_some(w, gate + c, width - c))
+        squares = fma(u, u, squares)
+    eps = pointer(args[at + GATED_EPS_BITS], F)[0]
+    scale = splat(F(1) / F(math.sqrt(lanes_total(squares) / F(width) + eps)))
+    for c in range(0, width, LANES):
+        left = width - c
+        u = _some(w, x + c, left) * silu(_some(w, gate + c, left))
+        value = u * scale * _some(weight, first + c, left)
+        if left >= LANES:
+            store(w, y + c, value)
+        else:
+            store_first(w, y + c, value, left)
+
+
 def build(F, size, stamp):
     """The kernel in the arithmetic of `F`; `stamp` keys the cache on disk."""
 
@@ -245,6 +312,10 @@ def build(F, size, stamp):
                     _norm(args, at, task, F)
                 elif args[at + KIND] == CONV:
                     _conv(args, at, task, base, F)
+                elif args[at + KIND] == SSD:
+                    _ssd(args, at, task, base, F)
+                elif args[at + KIND] == GATED_NORM:
+                    _gated_norm(args, at, task, F)
                 else:
                     _scan(args, at, task, base, F)
                 finish(args, at + DONE)
