@@ -102,10 +102,11 @@ class GatedRMSNorm(nn.Module):
         """The scale starts at one."""
         nn.init.ones_(self.weight)
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """Map y and z (..., d) to (..., d), in the weight's dtype."""
+    def forward(self, y: Tensor, z: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Map y and z (..., d) to (..., d), in the weight's dtype; may `overwrite` y."""
         if not self.norm_before_gate:
-            y = ops.gated_rms_norm(y, z, self.weight, self.n_groups, self.eps)
+            out = y if overwrite else None
+            y = ops.gated_rms_norm(y, z, self.weight, self.n_groups, self.eps, out=out)
             return y.to(self.weight.dtype)
         groups = ops.rms_norm(widen(y).unflatten(-1, (self.n_groups, -1)), None, self.eps)
         y = groups.flatten(-2) * widen(self.weight) * F.silu(widen(z))

@@ -234,6 +234,7 @@ class Mamba2Block(Mixer[Mamba2State]):
             state=None if state is None else state.ssm,
             seq_idx=ragged.seq_idx,
             return_state=True,
+            out=x if may_overwrite(self.in_proj) else None,
             backend=self.config.backend,
         )
         if self.init_states is not None and ragged.seq_idx is not None:
@@ -254,7 +255,11 @@ class Mamba2Block(Mixer[Mamba2State]):
     def _finish(self, y: Tensor, z: Tensor, gate: Tensor, value: Tensor) -> Tensor:
         """Gate and norm, the MLP beside the recurrence, and out_proj."""
         y = y.flatten(-2)  # (..., e)
-        y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        if self.norm is None:
+            y = y * F.silu(z)
+        else:
+            own = may_overwrite(self.in_proj) and is_plain(self.norm, GatedRMSNorm)
+            y = self.norm(y, z, overwrite=own)
         if value.shape[-1]:
             y = torch.cat((F.silu(gate) * value, y), dim=-1)  # (..., d_inner)
         return self.out_proj(y)

@@ -14,6 +14,7 @@ def gated_rms_norm(
     n_groups: int = 1,
     eps: float = 1e-5,
     *,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """weight * norm(y silu(z)), each group of channels normalised on its own.
@@ -26,6 +27,8 @@ def gated_rms_norm(
         weight: (d).
         n_groups: g, must divide d: groups of d / g channels.
         eps: added to the mean square, > 0.
+        out: (..., d) where to write the result, in y's dtype; it may be y or z itself. Only where
+            no gradient is needed.
         backend: "auto", "cpu" or "reference".
 
     Returns:
@@ -33,7 +36,7 @@ def gated_rms_norm(
 
     Raises:
         ShapeError: the tensors do not fit, or the groups do not divide d.
-        BackendError: the backend asked for cannot run this.
+        BackendError: the backend asked for cannot run this, or `out` would need a gradient.
 
     Source: Dao & Gu 2024 (arXiv 2405.21060), section 7.1.
     """
@@ -50,9 +53,11 @@ def gated_rms_norm(
             raise ShapeError(f"{name} must be floating point, got {T.dtype}")
         if T.device != y.device:
             raise ShapeError(f"{name} is on {T.device}, y on {y.device}")
+    dispatch.check_out(out, y, z, weight)
     run = dispatch.pick("gated_rms_norm", BACKENDS, backend, y, z, weight, n_groups, eps)
     with dispatch.without_autocast(y):
-        return run(y, z, weight, n_groups, eps)
+        options = {"out": out} if run is cpu.gated_rms_norm else {}
+        return dispatch.written(run(y, z, weight, n_groups, eps, **options), out)
 
 
 BACKENDS = dispatch.register(

@@ -36,6 +36,7 @@ def ssd(  # type: ignore[misc]
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_state: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2 recurrence, for each head: h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T.
@@ -60,6 +61,8 @@ def ssd(  # type: ignore[misc]
         seq_idx: (b, l) integers, the document of each token. Where it changes, the state restarts
             from zero; the initial state belongs to the first token's document.
         return_state: whether to return h after the last step too.
+        out: (b, l, h, p) where to write y, in x's dtype; it may be x itself, which saves memory.
+            Only where no gradient is needed.
         backend: "auto", or one of "cpu", "official", "chunked", "reference".
 
     Returns:
@@ -68,11 +71,12 @@ def ssd(  # type: ignore[misc]
 
     Raises:
         ShapeError: a shape, dtype or device does not fit, or chunk_size is below 1.
-        BackendError: the backend asked for cannot run this.
+        BackendError: the backend asked for cannot run this, or `out` would need a gradient.
 
     Source: Dao & Gu 2024 (arXiv 2405.21060), section 6.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state, seq_idx)
+    dispatch.check_out(out, x, dt, A, B, C, D, z, dt_bias, state)
     if chunk_size is not None and chunk_size < 1:
         raise ShapeError(f"chunk_size={chunk_size} must be >= 1, or None")
     options: dict[str, Any] = {
@@ -84,9 +88,10 @@ def ssd(  # type: ignore[misc]
     }
     run = dispatch.pick("ssd", BACKENDS, backend, x, dt, A, B, C, D, z, **options)
     if run is not reference_ssd.ssd:
-        options["chunk_size"] = chunk_size
+        options |= {"chunk_size": chunk_size, "out": out}
     with dispatch.without_autocast(x):
         y, last = run(x, dt, A, B, C, D, z, **options)
+    y = dispatch.written(y, out)
     return (y, last) if return_state else y
 
 
@@ -178,6 +183,7 @@ def _chunked(
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     fused: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd` by `ssd_chunked.dual`: B is its K, C its Q, and a token counts as much as its dt."""
     wide = wide_dtype(x, dt, A, B, C, state)
@@ -186,6 +192,10 @@ def _chunked(
     if seq_idx is not None:
         log_decay = log_decay.masked_fill(~continues(seq_idx)[:, :, None], ssd_chunked.RESET)
     x_wide = x.to(wide)
+    by_channel = D is not None and D.dim() == 2
+    if out is not None and (out.dtype != wide or by_channel or dispatch.is_traced()):
+        # Not at once: x is needed afterwards, or y has another dtype. The caller copies it.
+        out = None
     y, last = ssd_chunked.dual(
         x_wide.unsqueeze(2),
         log_decay,
@@ -196,8 +206,9 @@ def _chunked(
         state=None if state is None else state.to(wide),
         chunk_size=chunk_size or ssd_chunked.chunk_for(x),
         fused=fused,
+        out=None if out is None else out.unsqueeze(2),
     )
-    y = y.squeeze(2)  # (b, l, h, p)
+    y = y.squeeze(2) if out is None else out  # (b, l, h, p)
     if D is not None and D.dim() == 2:
         y = y + reference_ssd.skip(D, x_wide)
     if z is not None:

@@ -43,7 +43,7 @@ CHUNK_CPU, CHUNK_ACCELERATOR = 128, 128
 # Chunks from one kept state to the next.
 SEGMENT = 16
 # Numbers of the (tokens, tokens) matrices that exist at one time.
-TILE_CPU, TILE_ACCELERATOR = 2**17, 2**25
+TILE_CPU, TILE_ACCELERATOR = 2**17, 2**26
 # The log decay where a document starts: exp of it is exactly 0, in every dtype, and its sums round
 # no more than those of others do.
 RESET = -1e3
@@ -67,6 +67,7 @@ def dual(
     *,
     chunk_size: int,
     fused: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of a head with r inputs and outputs a step, in chunks.
 
@@ -84,10 +85,16 @@ def dual(
         state: (b, h, p, n) before the first step; zeros without it.
         chunk_size: tokens of a chunk.
         fused: whether `ops/cpu/ssd.py` makes the matrices; for CPU tensors and r = 1.
+        out: where to write y, it may be x; where nothing is traced and no gradient is needed.
 
     Returns:
         y (b, l, r, h, p) and the last state (b, h, p, n); all in one dtype, float32 or float64.
     """
+    if out is not None:
+        _, last, bounds = _empty_outputs(x[:, :1], K, chunk_size)
+        sequence = Sequence.of(x, log_decay, scale, K, Q, own, D, chunk_size, fused)
+        _fill(sequence, state, out, last, bounds)
+        return out, last
     y, last, _ = _call_forward(x, log_decay, scale, K, Q, own, D, state, chunk_size, fused)
     return y, last
 
@@ -123,15 +130,25 @@ def _forward(
     """y, the last state, and the states before each segment and after all: (b, s+1, g, n, e, p)."""
     y, last, bounds = _empty_outputs(x, K, chunk)
     sequence = Sequence.of(x, log_decay, scale, K, Q, own, D, chunk, fused)
+    _fill(sequence, state, y, last, bounds)
+    return y, last, bounds
+
+
+def _fill(
+    sequence: Sequence, state: Tensor | None, y: Tensor, last: Tensor, bounds: Tensor
+) -> None:
+    """Write the outputs of `_forward`; bounds of size 2 are for those who need none."""
+    x, chunk = sequence.x, sequence.chunk
     for rows in _batch_tiles(x, chunk):
         S = _first_state(state, bounds, rows)
         for i, segment in enumerate(_spans(x.shape[1], SEGMENT * chunk)):
-            bounds[rows, i] = S
+            if i < bounds.shape[1] - 1:
+                bounds[rows, i] = S
             for steps in _chunk_tiles(x, rows, segment, chunk):
+                # The tile's x is read before its y is written: they may be the same memory.
                 S = sequence.tile(rows, steps).forward(S, y[rows, steps])
         bounds[rows, -1] = S
         last[rows] = S.permute(0, 1, 3, 4, 2).flatten(1, 2)
-    return y, last, bounds
 
 
 @_forward.register_fake

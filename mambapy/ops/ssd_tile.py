@@ -211,7 +211,7 @@ class Tile:
         across = torch.einsum("btign,btgnep->btigep", Q, before)
         by_into = self.by_token((P * across).sum(-1))  # (b, t, g, e, q)
         by_left = self.by_token((X * gW).sum(-1)) * left  # (b, t, g, e, q)
-        by_total = torch.einsum("btgnep,btgnep->btge", after, before) * total[..., 0, :, 0]
+        by_total = (after * before).sum((3, 5)) * total[:, :, :, 0, :, 0]
 
         # Inside chunks.
         scores = self.scores()

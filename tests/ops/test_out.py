@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from mambapy import ops
+from mambapy.config import Mamba2Config
 from mambapy.errors import BackendError, ShapeError
 from mambapy.mamba import MambaBlock
+from mambapy.mamba2 import Mamba2Block
 from mambapy.ragged import Ragged
 from tests.helpers import scan_args, tiny
 
@@ -80,3 +82,42 @@ def test_a_block_does_not_write_to_its_input():
     block(x)
     block.prefill(x, None, ragged)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ssd_over_its_own_input(backend, by_channel, dtype):
+    x, dt = torch.randn(2, 300, 4, 24)[..., 4:20].to(dtype), torch.rand(2, 300, 4)
+    B, C = torch.randn(2, 2, 300, 2, 5)
+    args = {"dt": dt, "A": -torch.rand(4), "B": B, "C": C, "D": torch.randn(4, 16)}
+    if not by_channel:
+        args["D"] = args["D"][:, 0]
+    options = {"return_state": True, "backend": backend, "state": torch.randn(2, 4, 16, 5)}
+    expected, last = ops.ssd(x, **args, **options)
+    y, state = ops.ssd(x, **args, **options, out=x)
+    assert y is x
+    assert torch.equal(y, expected)
+    assert torch.equal(state, last)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_gated_norm_over_its_own_input(backend):
+    y, z, weight = torch.randn(2, 40, 90)[..., 3:83], torch.randn(2, 40, 80), torch.randn(80)
+    expected = ops.gated_rms_norm(y, z, weight, 2, backend=backend)
+    assert ops.gated_rms_norm(y, z, weight, 2, backend=backend, out=y) is y
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_a_block_of_mamba2_overwrites_nothing_that_a_hook_has_seen():
+    config = Mamba2Config(d_model=8, n_layers=1, d_state=4, d_head=4)
+    block, x = Mamba2Block(config), torch.randn(2, 9, 8)
+    expected, before = block(x), x.clone()
+    seen, copies = [], []
+    for layer in (block.in_proj, block.norm, block.out_proj):
+        layer.register_forward_hook(lambda _, args, y: seen.extend((*args, y)))
+        layer.register_forward_hook(lambda _, args, y: copies.extend(T.clone() for T in (*args, y)))
+    torch.testing.assert_close(block(x), expected)
+    assert torch.equal(x, before)
+    assert all(torch.equal(T, copy) for T, copy in zip(seen, copies, strict=True))

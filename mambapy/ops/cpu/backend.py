@@ -49,13 +49,20 @@ def keys_and_queries(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return heads_ops.keys_and_queries(*args)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+def gated_rms_norm(
+    y: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    n_groups: int,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
     """`ops.gated_rms_norm` in one pass."""
     from mambapy.ops.cpu import heads_ops
 
     wide = wide_dtype(y, z, weight)
     run_in = wide if wide == torch.float64 else y.dtype
-    return heads_ops.gated_rms_norm(y.to(run_in), z, weight, n_groups, eps).to(y.dtype)
+    return heads_ops.gated_rms_norm(y.to(run_in), z, weight, n_groups, eps, out).to(y.dtype)
 
 
 def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> str | None:

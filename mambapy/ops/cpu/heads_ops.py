@@ -16,6 +16,7 @@ from mambapy.ops.custom_op import (
     nothing,
     transform,
 )
+from mambapy.ops.dispatch import is_traced
 from mambapy.ops.running_sum import until_end
 from mambapy.ops.turning import keys_and_queries as in_torch
 
@@ -171,6 +172,10 @@ _call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 1))
 _call_norm_backward = differentiable(_norm_backward, nothing, never_twice)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
-    """`gated_norm.forward` with autograd."""
+def gated_rms_norm(
+    y: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float, out: Tensor | None
+) -> Tensor:
+    """`gated_norm.forward` with autograd, where there is no `out`."""
+    if out is not None and not is_traced():
+        return gated_norm.forward(y, z, weight, n_groups, eps, out)
     return _call_norm(y, z, weight, n_groups, eps)
