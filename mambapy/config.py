@@ -257,8 +257,9 @@ class Mamba2Config(HeadsConfig):
         """Check every field."""
         for name, least in (("A_init_range", 0.0), ("dt_limit", 0.0)):
             low, high = _check_pair(self, name)
-            if not least <= low <= high or (name == "A_init_range" and low <= 0):
-                rule = "0 < low <= high" if name == "A_init_range" else "0 <= low <= high"
+            decay = name == "A_init_range"
+            if not least <= low <= high or (decay and not 0 < low <= high < math.inf):
+                rule = "0 < low <= high < inf" if decay else "0 <= low <= high"
                 raise ConfigError(f"{name}={(low, high)} must have {rule}")
             object.__setattr__(self, name, (low, high))
         if self.d_ssm is not None:
@@ -314,7 +315,7 @@ class Mamba3Config(HeadsConfig):
         _check_positive(self, "A_floor")
         _check_choice(self, "rotate", ("auto", "pairs", "halves"))
         _check_choice(self, "a_activation", ("heavy_tail", "softplus"))
-        if self.rope_fraction not in (0.5, 1):
+        if isinstance(self.rope_fraction, bool) or self.rope_fraction not in (0.5, 1):
             raise ConfigError(f"rope_fraction={self.rope_fraction!r} must be 0.5 or 1")
         rotated = self.d_state * self.rope_fraction
         if rotated % 2:

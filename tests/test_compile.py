@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mambapy.config import Mamba2Config, Mamba3Config
 from mambapy.lm import LM
 from tests.helpers import assert_near, tiny
 
@@ -10,6 +11,17 @@ from tests.helpers import assert_near, tiny
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 LENGTHS = (5, 9, 17, 70, 130)
+HEADS = {"d_model": 8, "n_layers": 1, "d_state": 4, "d_head": 4}
+LEARNED = {"learnable_init_states": True, "dt_limit": (0.01, 0.5)}
+MODELS = {
+    "mamba chunked": tiny(backend="chunked"),
+    "mamba cpu": tiny(backend="cpu"),
+    "mamba2 chunked": Mamba2Config(**HEADS, **LEARNED, chunk_size=16, backend="chunked"),
+    "mamba2 cpu": Mamba2Config(**HEADS, n_groups=2, backend="cpu"),
+    "mamba3 chunked": Mamba3Config(**HEADS, mimo_rank=2, chunk_size=8, backend="chunked"),
+    "mamba3 cpu": Mamba3Config(**HEADS, n_groups=2, d_intermediate=5, backend="cpu"),
+}
+each = pytest.mark.parametrize("name", MODELS)
 
 
 class Counter:
@@ -28,9 +40,9 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend", ["chunked", "cpu"])
-def test_training_compiles_whole_in_two_graphs(backend):  # row 11 of the users' list
-    model, counter = LM(tiny(backend=backend), 21), Counter()
+@each
+def test_training_compiles_whole_in_two_graphs(name):  # row 11 of the users' list
+    model, counter = LM(MODELS[name], 21), Counter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for l in LENGTHS:
         tokens = torch.randint(21, (2, l))
@@ -42,9 +54,9 @@ def test_training_compiles_whole_in_two_graphs(backend):  # row 11 of the users'
     assert counter.graphs <= 2
 
 
-@pytest.mark.parametrize("backend", ["chunked", "cpu"])
-def test_prefill_and_step_compile_whole(backend):
-    model, counter = LM(tiny(backend=backend), 21), Counter()
+@pytest.mark.parametrize("name", ["mamba chunked", "mamba cpu", "mamba2 cpu", "mamba3 cpu"])
+def test_prefill_and_step_compile_whole(name):
+    model, counter = LM(MODELS[name], 21), Counter()
     prefill = torch.compile(model.prefill, fullgraph=True, backend=counter)
     for l in LENGTHS:
         tokens = torch.randint(21, (2, l))
@@ -61,8 +73,9 @@ def test_prefill_and_step_compile_whole(backend):
     assert counter.graphs - before <= 2
 
 
-def test_masks_and_documents_compile_whole():  # trap 27
-    model = LM(tiny(), 21)
+@pytest.mark.parametrize("name", ["mamba cpu", "mamba2 chunked", "mamba3 cpu"])
+def test_masks_and_documents_compile_whole(name):  # trap 27
+    model = LM(MODELS[name], 21)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens, mask = torch.randint(21, (2, 9)), torch.rand(2, 9) > 0.3
     assert_near(compiled(tokens, mask=mask), model(tokens, mask=mask), 1e-5)
@@ -87,9 +100,9 @@ def test_inductor_trains():
     assert all(torch.isfinite(P.grad).all() for P in model.parameters())
 
 
-@pytest.mark.parametrize("backend", ["chunked", "cpu"])
-def test_export_with_dynamic_batch_and_length(backend):  # trap 65
-    model = LM(tiny(backend=backend), 21).eval()
+@each
+def test_export_with_dynamic_batch_and_length(name):  # trap 65
+    model = LM(MODELS[name], 21).eval()
     b, l = torch.export.Dim("b"), torch.export.Dim("l")
     program = torch.export.export(
         model, (torch.randint(21, (2, 9)),), dynamic_shapes=({0: b, 1: l},)

@@ -95,6 +95,10 @@ def mamba3_scan(  # type: ignore[misc]
     """
     _check(x, dt, A, trap, omega, B, C, D, B_bias, C_bias, mimo_x, rotate, state)
     check_seq_idx(seq_idx, *x.shape[:2])
+    if lengths is not None and (lengths.shape != x.shape[:1] or lengths.is_floating_point()):
+        raise ShapeError(
+            f"lengths must be ({x.shape[0]},) integers, got {lengths.dtype} {tuple(lengths.shape)}"
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ShapeError(f"chunk_size={chunk_size} must be >= 1, or None")
     options: dict[str, Any] = {
@@ -189,21 +193,26 @@ def _chunked(
     fused: bool = False,
 ) -> tuple[Tensor, Mamba3Parts]:
     """`mamba3_scan` by `ssd_chunked.dual`; see the head of this file."""
-    wide = wide_dtype(x, dt, A, trap, B, C, None if state is None else state.ssm)
+    wide = wide_dtype(x, dt, A, trap, omega, B, C, None if state is None else state.ssm)
     x_wide, dt, A, trap, omega, B, C = (T.to(wide) for T in (x, dt, A, trap, omega, B, C))
-    parts = zero_parts(x, B, omega, wide) if state is None else Mamba3Parts(*state)
+    if state is None:
+        parts = zero_parts(x, B, omega, wide)
+    else:
+        parts = Mamba3Parts(*(T.to(wide) for T in state))
     starts = None if seq_idx is None else ~continues(seq_idx)  # (b, l)
     if lengths is not None:
         # Without a step the state stands still.
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (b, l)
         dt = torch.where(real[:, :, None], dt, 0.0)
         starts = None if starts is None else starts & real
-    log_decay, later = dt * A, (1 - trap) * dt  # (b, l, h)
+    nothing = ssd_chunked.RESET[wide]
+    log_decay, later = (dt * A).clamp(min=nothing), (1 - trap) * dt  # (b, l, h)
     if starts is not None:
-        log_decay = log_decay.masked_fill(starts[:, :, None], ssd_chunked.RESET)
+        log_decay = log_decay.masked_fill(starts[:, :, None], nothing)
         later = later.masked_fill(starts[:, :, None], 0.0)
     own = trap * dt  # (b, l, h)
-    scale = own + torch.nn.functional.pad(later[:, 1:], (0, 0, 0, 1))  # (b, l, h)
+    # Padded first: a length of l - 1 would make torch.export take l = 2 for another case.
+    scale = own + torch.nn.functional.pad(later, (0, 0, 0, 1))[:, 1:]  # (b, l, h)
 
     make = cpu.keys_and_queries if fused else keys_and_queries
     K, Q, phase = make(B, C, B_bias, C_bias, dt, omega, parts.phase, starts, rotate)
@@ -233,7 +242,7 @@ def _last(T: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
     if lengths is None:
         return T[:, -1].clone()
     shape = (-1, *[1] * (T.dim() - 1))
-    index = (lengths - 1).clamp(min=0).view(shape).expand(-1, 1, *T.shape[2:])
+    index = (lengths - 1).clamp(0, T.shape[1] - 1).view(shape).expand(-1, 1, *T.shape[2:])
     found = T.gather(1, index).squeeze(1)
     return torch.where((lengths > 0).view(shape[:-1]), found, before)
 
@@ -262,7 +271,7 @@ def _check(
             f"got {tuple(B.shape)} and {tuple(omega.shape)}"
         )
     (b, l, h, p), (r, g, n), s = x.shape, B.shape[2:], omega.shape[2]
-    if h % g:
+    if not g or h % g:
         raise ShapeError(f"the {g} groups of B must divide the {h} heads of x")
     if rotate not in ("pairs", "halves"):
         raise ShapeError(f"rotate must be 'pairs' or 'halves', got {rotate!r}")

@@ -182,7 +182,8 @@ def mamba3_scan(
     Returns:
         y (b, l, r, h, p) in x's dtype, and what it leaves.
     """
-    parts = zero_parts(x, B, omega, wide_dtype(x, dt, A, B, C)) if state is None else state
+    wide = wide_dtype(x, dt, A, trap, omega, B, C)
+    parts = zero_parts(x, B, omega, wide) if state is None else state
     keep = None if seq_idx is None else continues(seq_idx)
     outputs = []
     for t in range(x.shape[1]):
@@ -245,7 +246,7 @@ def mamba3_step(
 
     Source: Mamba-3 (2026), the trapezoidal recurrence with data-dependent rotations.
     """
-    wide = wide_dtype(x, dt, A, B, C, state.ssm)
+    wide = wide_dtype(x, dt, A, trap, omega, B, C, state.ssm)
     x_wide, dt, A, trap, omega = (T.to(wide) for T in (x, dt, A, trap, omega))
     phase = state.phase.to(wide) + dt[:, :, None] * omega[:, None]  # (b, h, s)
     K = turned(biased(B.to(wide), B_bias, x.shape[1]), phase[:, None], rotate)  # (b, r, h, n)

@@ -1,22 +1,54 @@
 """Sums over the length, from the start of each document: exact, and the same bits on each run."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambapy.ops.custom_op import differentiable
+
 
 def running_sum(T: Tensor, block: int = 64) -> Tensor:
     """Sums of T (b, l, m) over the length up to each step, in float64 where the device has it."""
-    # By products with matrices of ones: CUDA's cumsum is not deterministic.
     T = T.to(torch.float32 if T.device.type == "mps" else torch.float64)
+    total: Tensor = _call(T, block, False)
+    return total
+
+
+# An operator, as it asks about the length, which torch.compile and torch.export leave open.
+@torch.library.custom_op("mambapy::running_sum", mutates_args=())
+def _running_sum(T: Tensor, block: int, backwards: bool) -> Tensor:
+    """Sums of T (b, l, m) up to each step, or from it on."""
+    # By products with matrices of ones: CUDA's cumsum is not deterministic.
     l = T.shape[1]
+    if backwards:
+        return _running_sum._init_fn(T.flip(1), block, False).flip(1)
     upto = torch.ones(min(l, block), min(l, block), dtype=T.dtype, device=T.device).tril_()
     if l <= block:
-        return torch.einsum("ij,bjm->bim", upto, T)
+        return torch.einsum("ij,bjm->bim", upto, T).contiguous()
     T = F.pad(T, (0, 0, 0, -l % block)).unflatten(1, (-1, block))
     inside = torch.einsum("ij,bcjm->bcim", upto, T)
     ends = inside[:, :, -1]  # (b, c, m)
-    return (inside + (running_sum(ends) - ends).unsqueeze(2)).flatten(1, 2)[:, :l]
+    before = _running_sum._init_fn(ends, block, False) - ends
+    return (inside + before.unsqueeze(2)).flatten(1, 2)[:, :l].contiguous()
+
+
+@_running_sum.register_fake
+def _(T: Tensor, block: int, backwards: bool) -> Tensor:
+    return T.new_empty(T.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.block, ctx.backwards = inputs
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """Each number counts in all sums from it on."""
+    return _call(grad, ctx.block, not ctx.backwards), None, None
+
+
+_call = differentiable(_running_sum, _setup_context, _gradient, rows=(0,))
 
 
 def since_start(T: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor | None]:

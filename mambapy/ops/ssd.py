@@ -159,11 +159,14 @@ def ssd_from_start(
     Returns:
         To be added to y, (b, l, h, p), and to the last state, (b, h, p, n).
     """
-    log_decay, goes_on = since_start(dt * A, ~continues(seq_idx))  # (b, l, h), (b, l, 1)
+    least = ssd_chunked.RESET[wide_dtype(dt, A)]
+    log_decay = (dt * A).clamp(min=least)
+    log_decay, goes_on = since_start(log_decay, ~continues(seq_idx))  # (b, l, h), (b, l, 1)
     left = log_decay.clamp(max=0.0).exp().to(initial.dtype)  # (b, l, h)
     left = torch.where(cast(Tensor, goes_on), 0.0, left)
     heads = initial.unflatten(0, (C.shape[2], -1))  # (g, e, p, n)
-    read = torch.einsum("blgn,gepn->blgep", C.to(initial.dtype), heads).flatten(2, 3)
+    with dispatch.without_autocast(C):
+        read = torch.einsum("blgn,gepn->blgep", C.to(initial.dtype), heads).flatten(2, 3)
     return left.unsqueeze(-1) * read, left[:, -1, :, None, None] * initial
 
 
@@ -188,9 +191,10 @@ def _chunked(
     """`ssd` by `ssd_chunked.dual`: B is its K, C its Q, and a token counts as much as its dt."""
     wide = wide_dtype(x, dt, A, B, C, state)
     delta = step_size(dt.to(wide), dt_bias, dt_softplus).clamp(*dt_limit)  # (b, l, h)
-    log_decay = delta * A.to(wide)  # (b, l, h)
+    nothing = ssd_chunked.RESET[wide]
+    log_decay = (delta * A.to(wide)).clamp(min=nothing)  # (b, l, h)
     if seq_idx is not None:
-        log_decay = log_decay.masked_fill(~continues(seq_idx)[:, :, None], ssd_chunked.RESET)
+        log_decay = log_decay.masked_fill(~continues(seq_idx)[:, :, None], nothing)
     x_wide = x.to(wide)
     by_channel = D is not None and D.dim() == 2
     if out is not None and (out.dtype != wide or by_channel or dispatch.is_traced()):
@@ -234,7 +238,7 @@ def _check(
     if B.dim() != 4:
         raise ShapeError(f"B must be (b, l, g, n), got {tuple(B.shape)}")
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    if h % g:
+    if not g or h % g:
         raise ShapeError(f"the {g} groups of B must divide the {h} heads of x")
     D_shape = (h,) if D is None or D.dim() == 1 else (h, p)
     expected = {

@@ -44,9 +44,9 @@ CHUNK_CPU, CHUNK_ACCELERATOR = 128, 128
 SEGMENT = 16
 # Numbers of the (tokens, tokens) matrices that exist at one time.
 TILE_CPU, TILE_ACCELERATOR = 2**17, 2**26
-# The log decay where a document starts: exp of it is exactly 0, in every dtype, and its sums round
-# no more than those of others do.
-RESET = -1e3
+# The least log decay, and that where a document starts: exp of it is exactly 0, and of less, too.
+# What is less would only cost the running sums their precision.
+RESET = {torch.float32: -104.0, torch.float64: -746.0}
 
 
 def chunk_for(x: Tensor, rows: int = 1) -> int:
@@ -208,8 +208,6 @@ def _backward(
                     gD += found[6]
         if state is not None:
             gstate[rows] = G.permute(0, 1, 3, 4, 2).flatten(1, 2)
-    # So far `ga` is the gradient of the running sums.
-    sequence.sum_to_the_end(ga)
     return grads
 
 

@@ -136,15 +136,6 @@ class Sequence:
         r = self.x.shape[2]
         return Tile(X, by_row(self.K), by_row(self.Q), self.D, r, decays, self.fused)
 
-    def sum_to_the_end(self, grad: Tensor) -> None:
-        """grad (b, l, h) of running sums -> of what is summed, in place."""
-        g = self.K.shape[3]
-        cut = grad.shape[1] // self.chunk * self.chunk
-        for steps, q in ((slice(0, cut), self.chunk), (slice(cut, None), grad.shape[1] - cut)):
-            part = grad[:, steps]
-            if part.shape[1]:
-                part.copy_(_flat(running_sum(_by_head(part, g, q), reverse=True)))
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -191,7 +182,7 @@ class Tile:
     def backward(
         self, before: Tensor, grad_S: Tensor, grad_y: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of the state before the tile; those of x, cum, scale, K, Q, own, D.
+        """The gradient of the state before the tile; those of x, log_decay, scale, K, Q, own, D.
 
         Args:
             before: (b, t, g, n, e, p) the state before each chunk.
@@ -217,27 +208,31 @@ class Tile:
         scores = self.scores()
         gM = torch.einsum("btigep,btjgep->btgeij", gY, X)
         gD = gM.diagonal(dim1=-2, dim2=-1).sum((0, 1, 4)).flatten()  # (h)
-        M, g_scores, g_cum, g_scale, g_own = self.inside(scores, gM)
+        M, g_scores, g_decay, g_scale, g_own = self.inside(scores, gM)
         gX = torch.einsum("btgeij,btigep->btjgep", M, gY).addcmul_(gW, counts)
         gQ = torch.einsum("btgij,btjgn->btign", g_scores, K)
         gQ += torch.einsum("btigep,btgnep->btign", P, before)
         gK = torch.einsum("btgij,btign->btjgn", g_scores, Q)
         gK += torch.einsum("btjgep,btgnep->btjgn", X * counts, after)
-        g_cum = g_cum - g_scale * scale
+        # A decay counts for the pairs of a token before and one after it, for what later tokens
+        # have of the state before the chunk, for what earlier ones leave at its end, and between
+        # both ends. Each is summed up by itself: differences of sums over all tokens would leave a
+        # rounding error where the decay is strong, which a long step then multiplies.
+        q = scale.shape[-1]
+        earlier = torch.ones(q, q, dtype=scale.dtype, device=scale.device).triu_(1)
+        g_decay = g_decay + by_into @ (1 - earlier) + (by_left * scale) @ earlier
+        g_decay += by_total.unsqueeze(-1)
         g_scale = g_scale + by_left
-        by_left = by_left * scale
-        g_cum += by_into - by_left
-        g_cum[..., -1] += by_left.sum(-1) + by_total
         if decays.own is None:
             g_scale = g_scale + g_own
-        found = [self.back(gX.flatten(3, 4)), _flat(g_cum), _flat(g_scale)]
+        found = [self.back(gX.flatten(3, 4)), _flat(g_decay), _flat(g_scale)]
         return grad_S, [*found, self.back(gK), self.back(gQ), _flat(g_own), gD]
 
     def inside(self, scores: Tensor, gM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """M, and gradients from that of M, which may be overwritten.
 
         Returns:
-            M (b, t, g, e, i, j), the gradients of the scores (b, t, g, i, j), of cum by row, of
+            M (b, t, g, e, i, j), the gradients of the scores (b, t, g, i, j), of the log decays, of
             scale, and of what a token counts for itself, (b, t, g, e, q) each.
         """
         if self.fused:
@@ -251,14 +246,13 @@ class Tile:
         g_weights = self.by_pair(gM * scores[:, :, :, None])  # (b, t, g, e, q, q)
         g_own = g_weights.diagonal(dim1=-2, dim2=-1).clone()
         g_weights.mul_(E)
-        g_cum = torch.einsum("btgeij,btgej->btgei", g_weights, self.decays.scale)
-        return (
-            self.skipped(weights * scores[:, :, :, None]),
-            g_scores,
-            g_cum,
-            g_weights.sum(-2),
-            g_own,
-        )
+        g_scale = g_weights.sum(-2)
+        # For token t, the sum over i >= t > j.
+        ones = torch.ones(E.shape[-2:], dtype=E.dtype, device=E.device)
+        g_weights.mul_(self.decays.scale.unsqueeze(-2))
+        g_decay = (ones.triu() @ g_weights).mul_(ones.tril_(-1)).sum(-1)
+        M = self.skipped(weights * scores[:, :, :, None])
+        return M, g_scores, g_decay, g_scale, g_own
 
     def decay_matrix(self) -> Tensor:
         """(b, t, g, e, q, q): exp(cum_i - cum_j) below the diagonal, 0 elsewhere."""
@@ -324,9 +318,8 @@ def _flat(T: Tensor) -> Tensor:
     return T.permute(0, 1, 4, 2, 3).flatten(1, 2).flatten(2, 3)
 
 
-def running_sum(a: Tensor, *, reverse: bool = False) -> Tensor:
-    """Sums of a (..., q) up to each step, or from it on; in float64 where the device has it."""
+def running_sum(a: Tensor) -> Tensor:
+    """Sums of a (..., q) up to each step; in float64 where the device has it."""
     a = a.to(torch.float32 if a.device.type == "mps" else torch.float64)
     # Not cumsum: CUDA refuses it where deterministic algorithms are asked for.
-    ones = torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
-    return a @ (ones.tril_() if reverse else ones.triu_())
+    return a @ torch.ones(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device).triu_()

@@ -38,7 +38,7 @@ from mambapy.ops.cpu.threads import arithmetic, compiled, run
 ROWS = 16
 
 TASKS, HEADS, Q = range(SIZES, SIZES + 3)
-HIGH, LOW, SCALE, OWN, SKIP, SCORES, M, G_SCORES, G_ROW, G_COLUMN, G_OWN = range(11)
+HIGH, LOW, SCALE, OWN, SKIP, SCORES, M, G_SCORES, G_DECAY, G_COLUMN, G_OWN = range(11)
 
 
 @inline
@@ -137,7 +137,7 @@ def build_inside(F, size, stamp):
                 scale = pointer(place(args, SCALE, 0, 0, head * q), F)
                 own = pointer(place(args, OWN, 0, 0, head * q), F)
                 m = pointer(place(args, M, 0, 0, head * q * q), F)
-                g_row = pointer(place(args, G_ROW, 0, 0, head * q), F)
+                g_decay = pointer(place(args, G_DECAY, 0, 0, head * q), F)
                 g_own = pointer(place(args, G_OWN, 0, 0, head * q), F)
                 g_column = pointer(place(args, G_COLUMN, 0, 0, (head * blocks + block) * q), F)
                 skip = F(0)
@@ -145,7 +145,8 @@ def build_inside(F, size, stamp):
                     skip = pointer(place(args, SKIP, 0, 0, head), F)[0]
                 for j in range(0, q, LANES):
                     put(g_column, j, zeros(F), q - j)
-                for i in range(first, last):
+                # From the last row on: what a column has added up to so far is what goes by row i.
+                for i in range(last - 1, first - 1, -1):
                     at, row = i * q, zeros(F)
                     g_diagonal = m[at + i]
                     for j in range(0, q, LANES):
@@ -158,15 +159,17 @@ def build_inside(F, size, stamp):
                             into = fma(g, weight, some(g_scores, at + j, left))
                             put(g_scores, at + j, into, left)
                             part = g * score * decay
-                            row = fma(part, counts, row)
-                            put(g_column, j, some(g_column, j, left) + part, left)
+                            column = some(g_column, j, left) + part
+                            put(g_column, j, column, left)
+                            before = where_greater(splat(F(i)), load(index, j), column, zeros(F))
+                            row = fma(before, counts, row)
                         else:
                             put(m, at + j, zeros(F), left)
                     score = scores[at + i]
                     m[at + i] = own[i] * score + skip
                     g_scores[at + i] += g_diagonal * own[i]
                     g_own[i] = g_diagonal * score
-                    g_row[i] = lanes_total(row)
+                    g_decay[i] = lanes_total(row)
 
     return ssd_inside
 
@@ -217,20 +220,27 @@ def inside(
         gM: the gradient of M; contiguous.
 
     Returns:
-        M; the gradients of the scores (b, t, g, q, q), of cum_i by row, of scale, and of what a
+        M; the gradients of the scores (b, t, g, q, q), of the log decays, of scale, and of what a
         token counts for itself, (b, t, g, e, q) each.
     """
     F, q, e = arithmetic(scores.dtype), cum.shape[-1], cum.shape[3]
     scale, scores = scale.contiguous(), scores.to(F).contiguous()
     blocks, heads = -(-q // ROWS), cum.numel() // q
     g_scores = torch.empty_like(scores)
-    g_row, g_own = (scores.new_empty(cum.shape) for _ in range(2))
+    g_decay, g_own = (scores.new_empty(cum.shape) for _ in range(2))
     g_column = scores.new_empty(*cum.shape[:4], blocks, q)
     tensors: list[Tensor | None]
     tensors = [*_halves(cum, F), scale, scale if own is None else own.contiguous()]
-    tensors += [_skips(D, cum), scores, gM, g_scores, g_row, g_column, g_own]
+    tensors += [_skips(D, cum), scores, gM, g_scores, g_decay, g_column, g_own]
     tasks = heads // e * blocks
     args = pack([tasks, e, q], [None if T is None else T.view(-1) for T in tensors])
     scratch = (q + LANES) * F.itemsize
     run(compiled(build_inside, F), args, tasks, scratch, 12 * gM.numel())
-    return gM, g_scores, g_row, g_column.sum(-2), g_own
+    # What the rows of later blocks add: the sums over their columns before each token.
+    later = g_column.new_zeros(g_column.shape)
+    for k in range(blocks - 1, 0, -1):
+        torch.add(later[..., k, :], g_column[..., k, :], out=later[..., k - 1, :])
+    earlier = torch.ones(q, q, dtype=F).triu_(1)
+    token = torch.arange(q)
+    g_decay += ((later * scale.unsqueeze(-2)) @ earlier)[..., token // ROWS, token]
+    return gM, g_scores, g_decay, g_column.sum(-2), g_own
