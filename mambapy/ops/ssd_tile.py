@@ -23,6 +23,7 @@ class Decays:
         left: (b, c, g, e, q) what is left of a token at the chunk's end.
         counts: (b, c, i, g, e, 1) left * scale.
         total: (b, c, g, 1, e, 1) what is left of a state after the chunk.
+        earlier: (q, q) 1 where token j comes before token t, else 0.
     """
 
     cum: Tensor
@@ -32,6 +33,7 @@ class Decays:
     left: Tensor
     counts: Tensor
     total: Tensor
+    earlier: Tensor
 
     @classmethod
     def of(
@@ -54,14 +56,21 @@ class Decays:
             left,
             by_row(left * scale),
             cum[..., -1].exp().to(scale.dtype)[:, :, :, None, :, None],
+            torch.ones(q, q, dtype=scale.dtype, device=scale.device).triu_(1),
         )
 
     def part(self, rows: slice, chunks: slice) -> "Decays":
         """Those of some rows of the batch and some chunks."""
-        own = None if self.own is None else self.own[rows, chunks]
-        others = (self.into, self.left, self.counts, self.total)
-        cum, scale = self.cum[rows, chunks], self.scale[rows, chunks]
-        return Decays(cum, scale, own, *(T[rows, chunks] for T in others))
+        return Decays(
+            self.cum[rows, chunks],
+            self.scale[rows, chunks],
+            None if self.own is None else self.own[rows, chunks],
+            self.into[rows, chunks],
+            self.left[rows, chunks],
+            self.counts[rows, chunks],
+            self.total[rows, chunks],
+            self.earlier,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,8 +227,7 @@ class Tile:
         # have of the state before the chunk, for what earlier ones leave at its end, and between
         # both ends. Each is summed up by itself: differences of sums over all tokens would leave a
         # rounding error where the decay is strong, which a long step then multiplies.
-        q = scale.shape[-1]
-        earlier = torch.ones(q, q, dtype=scale.dtype, device=scale.device).triu_(1)
+        earlier = decays.earlier
         g_decay = g_decay + by_into @ (1 - earlier) + (by_left * scale) @ earlier
         g_decay += by_total.unsqueeze(-1)
         g_scale = g_scale + by_left
@@ -239,7 +247,7 @@ class Tile:
             from mambapy.ops.cpu import ssd
 
             of = self.decays
-            return ssd.inside(of.cum, of.scale, of.own, self.D, scores, gM.contiguous())
+            return ssd.inside(of.cum, of.scale, of.own, self.D, of.earlier, scores, gM.contiguous())
         E = self.decay_matrix()
         weights = self.weights(E)
         g_scores = (gM * weights).sum(3)  # (b, t, g, i, j)
@@ -248,9 +256,9 @@ class Tile:
         g_weights.mul_(E)
         g_scale = g_weights.sum(-2)
         # For token t, the sum over i >= t > j.
-        ones = torch.ones(E.shape[-2:], dtype=E.dtype, device=E.device)
+        earlier = self.decays.earlier
         g_weights.mul_(self.decays.scale.unsqueeze(-2))
-        g_decay = (ones.triu() @ g_weights).mul_(ones.tril_(-1)).sum(-1)
+        g_decay = ((1 - earlier).mT @ g_weights).mul_(earlier.mT).sum(-1)
         M = self.skipped(weights * scores[:, :, :, None])
         return M, g_scores, g_decay, g_scale, g_own
 
@@ -260,8 +268,7 @@ class Tile:
         # be infinite, and would stay so under a mask.
         cum = self.decays.cum
         E = (cum.unsqueeze(-1) - cum.unsqueeze(-2)).to(self.X.dtype).clamp_(max=0.0)
-        above = torch.ones(E.shape[-2:], dtype=torch.bool, device=E.device).triu_()
-        return E.masked_fill_(above, -torch.inf).exp_()
+        return E.masked_fill_(self.decays.earlier.mT == 0, -torch.inf).exp_()
 
     def weights(self, E: Tensor) -> Tensor:
         """(b, t, g, e, i, j): how much token j counts for token i, its score apart."""

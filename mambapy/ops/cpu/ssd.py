@@ -211,12 +211,19 @@ def matrix(
 
 
 def inside(
-    cum: Tensor, scale: Tensor, own: Tensor | None, D: Tensor | None, scores: Tensor, gM: Tensor
+    cum: Tensor,
+    scale: Tensor,
+    own: Tensor | None,
+    D: Tensor | None,
+    earlier: Tensor,
+    scores: Tensor,
+    gM: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients inside chunks, from gM (b, t, g, e, q, q), which is overwritten with M.
 
     Args:
         cum, scale, own, D, scores: as for `matrix`.
+        earlier: (q, q) 1 where token j comes before token t, else 0.
         gM: the gradient of M; contiguous.
 
     Returns:
@@ -240,7 +247,6 @@ def inside(
     later = g_column.new_zeros(g_column.shape)
     for k in range(blocks - 1, 0, -1):
         torch.add(later[..., k, :], g_column[..., k, :], out=later[..., k - 1, :])
-    earlier = torch.ones(q, q, dtype=F).triu_(1)
     token = torch.arange(q)
     g_decay += ((later * scale.unsqueeze(-2)) @ earlier)[..., token // ROWS, token]
     return gM, g_scores, g_decay, g_column.sum(-2), g_own
