@@ -11,7 +11,7 @@ from typing import Any
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 HEADLINE = "block-b1-l1024-d768-n16"
-HEADS = "block-b1-l1024-d768-n128-p64"
+HEADS = "heads-b1-l1024-d768-n128-p64"
 MAMBA_PY = ("mamba.py 1.2", "mamba.py")
 
 
@@ -49,7 +49,7 @@ def block() -> str:
 
 def heads() -> str:
     """Times of blocks of Mamba-2 and Mamba-3 over those of Mamba-2's matrix products."""
-    found = {c["pass"]: c["contestants"] for c in load("block")["cases"] if c["name"] == HEADS}
+    found = {c["pass"]: c["contestants"] for c in load("heads")["cases"] if c["name"] == HEADS}
     names = [
         ("its two projections and its chunks' products", "floor"),
         ("mambapy, Mamba-2", "mamba2"),
@@ -106,9 +106,9 @@ def decode() -> str:
         ("transformers, Mamba-2", "transformers mamba2"),
     ]
     found: dict[str, dict[str, Any]] = {"prefill": {}, "decode": {}}
-    for case in load("decode")["cases"]:
-        # The shape of Mamba-2 has a floor of its own, which no row names.
-        found[case["pass"]] |= case["contestants"]
+    for case in [*load("decode")["cases"], *load("heads")["cases"]]:
+        if "tokens" in case:
+            found[case["pass"]] |= case["contestants"]
     rows = [
         [label, *[f"{found[one][name]['tokens_per_s']:,.0f}" for one in ("prefill", "decode")]]
         for label, name in names

@@ -107,7 +107,7 @@ def test_help_and_version_load_no_torch() -> None:
         (["generate"], "required: RUN_OR_CHECKPOINT"),
         (["generate", "gone", "--prompt", "x"], "gone: no such run folder or checkpoint"),
         (["generate", "gone", "--seed", "-1"], "argument --seed: -1 must be an integer from 0"),
-        (["bench"], "required: scan | block | train | decode | plot"),
+        (["bench"], "required: scan | block | heads | train | decode | plot"),
         (["bench", "block", "--threads", "0"], "--threads 0 must be at least 1"),
         (["bench", "plot", "--results", "OUT"], "no such folder"),
     ],

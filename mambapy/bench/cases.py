@@ -10,7 +10,7 @@ from typing import Any
 
 from mambapy.errors import ConfigError
 
-KINDS = ("scan", "block", "train", "decode")
+KINDS = ("scan", "block", "heads", "train", "decode")
 GIB = 1 << 30
 _LETTERS = {
     "batch": "b",
@@ -123,6 +123,7 @@ def _heads(case: Case) -> Case:
     """The same shape for Mamba-2 and Mamba-3, with 128 states and heads of 64 channels."""
     return replace(
         case,
+        kind="heads",
         sizes={**case.sizes, "d_state": 128, "d_head": 64},
         contestants=("floor", "mamba2", "mamba3", "transformers mamba2"),
         sweeps=(),
@@ -180,23 +181,27 @@ def _block_cases() -> list[Case]:
     states = [_block(1024, 768, n, sweeps=("d_state",)) for n in (32, 64, 128, 256)]
     larger = [_block(1024, d, 16, sweeps=("d_model",)) for d in (1024, 1536)]
     longer = [_block(4096, 768, 16, sweeps=("length",))]
-    heads = [_heads(_block(l, 768, 128, patience_s=90.0)) for l in (1024, 4096)]
-    return [*lengths, *widths, middle, *states, *larger, *longer, *heads]
+    return [*lengths, *widths, middle, *states, *larger, *longer]
 
 
 _FULL = {
     "scan": _scan_cases(),
     "block": _block_cases(),
     "train": [_train(16, 256, 256, 6, 257)],
-    "decode": [_decode(512, 768, 24, 50277, 64), _heads(_decode(512, 768, 24, 50277, 64))],
+    "heads": [
+        *(_heads(_block(l, 768, 128, patience_s=90.0)) for l in (1024, 4096)),
+        _heads(_decode(512, 768, 24, 50277, 64)),
+    ],
+    "decode": [_decode(512, 768, 24, 50277, 64)],
 }
 
 _TINY: dict[str, Any] = {"fresh": False, "budget_s": 0.0, "least_s": 0.005}
 _QUICK = {
     "scan": [_scan(1, l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)],
-    "block": [
-        *(_block(l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)),
+    "block": [_block(l, 64, 16, sweeps=("length",), **_TINY) for l in (16, 64)],
+    "heads": [
         _heads(_block(64, 64, 128, **_TINY)),
+        _heads(_decode(16, 64, 2, 257, 4, 1 << 24, **_TINY)),
     ],
     "train": [_train(2, 16, 64, 2, 257, **_TINY)],
     "decode": [_decode(16, 64, 2, 257, 4, 1 << 24, **_TINY)],

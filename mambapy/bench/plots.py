@@ -20,6 +20,8 @@ _CURVES: dict[str, Draw] = {
 PICTURES: dict[str, dict[str, Draw]] = {
     "scan": _CURVES,
     "block": _CURVES,
+    # Few points: README's tables say it all.
+    "heads": {},
     "train": {"step": bars},
     "decode": {"speed": bars},
 }

@@ -60,8 +60,9 @@ def add_bandwidth(
         weight_bytes = facts[name]["weight_bytes"]
         found["weight_bytes"] = weight_bytes
         found["bandwidth_fraction"] = weight_bytes * found["tokens_per_s"] / bytes_per_s
-    if "mambapy float32" in record["contestants"]:
-        weight_bytes = facts["mambapy float32"]["weight_bytes"]
+    whole = [name for name in ("mambapy float32", "mamba2") if name in record["contestants"]]
+    if whole:
+        weight_bytes = facts[whole[0]]["weight_bytes"]
         seconds = tokens * weight_bytes / bytes_per_s
         floor = {
             "median_s": seconds,
@@ -79,7 +80,7 @@ def add_bandwidth(
 
 def _tokens(case: Case, pass_: str) -> int | None:
     """The tokens that one run of a pass works through, for kinds told in tokens a second."""
-    if case.kind not in ("train", "decode"):
+    if "n_layers" not in case.sizes:
         return None
     return case.sizes["batch"] * case.sizes["tokens" if pass_ == "decode" else "length"]
 

@@ -21,6 +21,9 @@ STYLES = {
     "reference": (PINK, "D", "mambapy (reference)"),
     "mamba.py": (RED, "s", "mamba.py"),
     "transformers": (GREEN, "P", "transformers"),
+    "mamba2": (BLUE, "o", "mambapy, Mamba-2"),
+    "mamba3": (SKY, "v", "mambapy, Mamba-3"),
+    "transformers mamba2": (GREEN, "P", "transformers, Mamba-2"),
 }
 
 

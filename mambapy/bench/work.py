@@ -69,7 +69,7 @@ def _floor(contestant: Any, kind: str, sizes: Sizes) -> tuple[Passes, dict[str, 
 
     if kind == "train":
         return {"step": training}, {}
-    if kind == "decode":
+    if kind in ("decode", "heads") and "tokens" in sizes:
         passes: Passes = {"prefill": forward, "bandwidth": contestant.memory_read(sizes)}
         return passes, {"read_bytes": sizes["bandwidth_bytes"]}
     return {"forward": forward, "training": training}, {}
@@ -183,4 +183,9 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(T.numel() * T.element_size() for T in tensors.values())
 
 
-_KINDS = {"scan": _scan, "block": _block, "train": _train, "decode": _decode}
+def _heads(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
+    """A block of Mamba-2's shape, or a whole model of it."""
+    return (_decode if "tokens" in sizes else _block)(contestant, sizes, options)
+
+
+_KINDS = {"scan": _scan, "block": _block, "heads": _heads, "train": _train, "decode": _decode}

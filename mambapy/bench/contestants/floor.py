@@ -109,7 +109,7 @@ def products(kind: str, sizes: dict[str, int]) -> list[Product | Chunks]:
         shapes = block_shapes(rows, d, sizes["d_state"]) * layers
     if kind == "train":
         shapes.append((rows, d, sizes["vocab_size"]))
-    if kind == "decode":
+    if kind in ("decode", "heads") and "tokens" in sizes:
         shapes.append((sizes["batch"], d, sizes["vocab_size"]))
     return [*(Product(*shape) for shape in shapes), *chunks]
 

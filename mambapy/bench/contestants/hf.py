@@ -4,6 +4,7 @@ Mamba scans a step at a time, Mamba-2 works in chunks.
 """
 
 import importlib
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,16 +52,19 @@ class Decoder:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        # Older versions call it cache_params.
+        known = inspect.signature(model.model.forward).parameters
+        self.cache = "cache" if "cache" in known else "cache_params"
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """The last position's logits, and the cache."""
         found = self.model.model(tokens, use_cache=True, logits_to_keep=1)
-        return found.logits[:, -1], found.cache_params
+        return found.logits[:, -1], found[self.cache]
 
     def step(self, token: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """The next logits, and the cache."""
-        found = self.model.model(token[:, None], cache_params=cache, use_cache=True)
-        return found.logits[:, -1], found.cache_params
+        found = self.model.model(token[:, None], use_cache=True, **{self.cache: cache})
+        return found.logits[:, -1], found[self.cache]
 
 
 def _config(sizes: Sizes) -> Any:
