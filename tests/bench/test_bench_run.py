@@ -74,8 +74,9 @@ def test_quick_end_to_end(kind, tmp_path, capsys):
             for one in found:
                 used = one["tokens_per_s"] * one["weight_bytes"] / bandwidth
                 assert one["bandwidth_fraction"] == pytest.approx(used)
-            floor, ours, int8 = found
-            assert floor["weight_bytes"] == ours["weight_bytes"] > int8["weight_bytes"]
+            floor, ours, other = found
+            assert floor["weight_bytes"] == ours["weight_bytes"]
+            assert kind == "heads" or other["weight_bytes"] < ours["weight_bytes"]
             assert floor["rounds"] == 0
 
 
