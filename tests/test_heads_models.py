@@ -238,6 +238,26 @@ def test_backends_agree(name):
 
 
 @each
+def test_training_mode_and_gradients_change_nothing(name):  # traps 44, 45: one result, many paths
+    model, x = make(name, torch.float32), torch.randn(2, 150, 8)
+    expected = model.train()(x)
+    assert expected.requires_grad
+    with torch.no_grad():
+        assert_near(model(x), expected, 1e-5)
+        assert_near(model.eval()(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("l", [1, 2, 3, 4, 9])
+def test_the_convolutions_state_is_its_last_inputs(l):  # trap 49
+    mixer = make("mamba2").layers[0].mixer
+    x = torch.randn(2, l, 8, dtype=torch.float64)
+    inputs = mixer.in_proj(x).split(mixer.parts, dim=-1)[3]
+    y, state = mixer.prefill(x)
+    assert y.shape == (2, l, 8)
+    assert_near(state.conv, F.pad(inputs, (0, 0, 3, 0))[:, -3:], 0)
+
+
+@each
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_finite_at_any_scale(name, scale, dtype):  # traps 1, 11

@@ -221,7 +221,9 @@ def test_limit_is_a_clamp_of_dt(backend):  # trap 9
     del clamped["dt_bias"]
     found = run(backend)(**args)
     expected = run(backend, dt_softplus=False, dt_limit=(0.0, math.inf))(**clamped)
-    assert all(torch.equal(got, want) for got, want in zip(found, expected, strict=True))
+    # Not bit for bit: softplus of a step's few numbers may be vectorised otherwise.
+    for got, want in zip(found, expected, strict=True):
+        assert_near(got, want, 1e-14)
     outside = (clamped["dt"] == LIMIT[0]) | (clamped["dt"] == LIMIT[1])
     assert outside.any()
     (grad,) = torch.autograd.grad(found[0].sum(), args["dt"])
