@@ -66,11 +66,12 @@ def in_chunks(model, x, cuts, **options):
 
 
 def plain(state):
-    """A state's tensors; an angle by its cosine and sine, as 2 pi is nothing."""
+    """A state's tensors; an angle by its point on the unit circle, as 2 pi is nothing."""
     tensors = {}
     for name, T in state.tensors().items():
         if name.endswith("phase"):
-            tensors |= {f"{name} cos": torch.cos(T), f"{name} sin": torch.sin(T)}
+            # One point on the unit circle: an angle near 0 has an error, too.
+            tensors[name] = torch.stack((torch.cos(T), torch.sin(T)))
         else:
             tensors[name] = T
     return tensors
