@@ -255,10 +255,10 @@ class Mamba2Config(HeadsConfig):
 
     def __post_init__(self, *original: Any) -> None:
         """Check every field."""
-        for name, least in (("A_init_range", 0.0), ("dt_limit", 0.0)):
+        for name in ("A_init_range", "dt_limit"):
             low, high = _check_pair(self, name)
             decay = name == "A_init_range"
-            if not least <= low <= high or (decay and not 0 < low <= high < math.inf):
+            if not 0 <= low <= high or (decay and not 0 < low <= high < math.inf):
                 rule = "0 < low <= high < inf" if decay else "0 <= low <= high"
                 raise ConfigError(f"{name}={(low, high)} must have {rule}")
             object.__setattr__(self, name, (low, high))

@@ -40,7 +40,7 @@ class Decays:
         cls, log_decay: Tensor, scale: Tensor, own: Tensor | None, g: int, r: int, q: int
     ) -> "Decays":
         """From (b, l, h) each, l a multiple of q."""
-        cum = running_sum(_by_head(log_decay, g, q))
+        cum = _sums_in_chunks(_by_head(log_decay, g, q))
         scale = _by_head(scale, g, q).contiguous()
         left = (cum[..., -1:] - cum).clamp_(max=0.0).exp_().to(scale.dtype)
 
@@ -325,7 +325,7 @@ def _flat(T: Tensor) -> Tensor:
     return T.permute(0, 1, 4, 2, 3).flatten(1, 2).flatten(2, 3)
 
 
-def running_sum(a: Tensor) -> Tensor:
+def _sums_in_chunks(a: Tensor) -> Tensor:
     """Sums of a (..., q) up to each step; in float64 where the device has it."""
     a = a.to(torch.float32 if a.device.type == "mps" else torch.float64)
     # Not cumsum: CUDA refuses it where deterministic algorithms are asked for.
