@@ -7,7 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig
+    from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
+    from mambapy.hybrid import Hybrid
     from mambapy.lm import LM, MambaLM, from_pretrained
     from mambapy.mamba import Mamba, MambaBlock
     from mambapy.mamba2 import Mamba2, Mamba2Block
@@ -19,6 +20,8 @@ __version__ = "2.0.0.dev0"
 __all__ = [
     "LM",
     "ByteTokenizer",
+    "Hybrid",
+    "HybridConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Block",
@@ -46,6 +49,8 @@ _HOMES = {
     "Mamba3": "mamba3",
     "Mamba3Block": "mamba3",
     "Mamba3Config": "config",
+    "Hybrid": "hybrid",
+    "HybridConfig": "config",
     "ByteTokenizer": "tokenizer",
 }
 

@@ -39,8 +39,8 @@ class Mixer(WideParameters, ABC, Generic[S]):
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
 
     @abstractmethod
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, State]:
-        """Run one token of each sequence, (b, d) -> (b, d)."""
+    def step(self, x: Tensor, state: Any, dt_scale: Tensor | None = None) -> tuple[Tensor, State]:
+        """Run one token of each sequence, (b, d) -> (b, d), dt_scale (b) steps after the last."""
 
     def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
         """Append `step` to a plan, adding to `residual`; False where it must be called instead."""
@@ -56,6 +56,11 @@ class Mixer(WideParameters, ABC, Generic[S]):
         shapes = self.state_shapes(batch_size)
         zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes.values()]
         return self.state_kind(*zeros)
+
+    def restart(self, state: Any, goes_on: Tensor) -> Any:
+        """The rows of `state` where goes_on (b) is True, a fresh start elsewhere."""
+        fresh = iter(self.init_state(goes_on.shape[0]).tensors().values())
+        return state.map(lambda T: torch.where(_rows(goes_on, T), T, next(fresh)))
 
     def check_state(self, state: Any, batch_size: int, name: str) -> None:
         """Raise a ShapeError, naming `name`, unless the state is this layer's, for that batch."""
@@ -76,6 +81,11 @@ class Mixer(WideParameters, ABC, Generic[S]):
         """What states are made of: the dtype of the wide parameters, and their device."""
         like: Tensor = getattr(self, self.wide[0])
         return wide(like.dtype), like.device
+
+
+def _rows(chosen: Tensor, T: Tensor) -> Tensor:
+    """chosen (b), shaped so that it broadcasts over T (b, ...)."""
+    return chosen.view(-1, *[1] * (T.dim() - 1))
 
 
 class GatedMLP(nn.Module):
@@ -145,9 +155,9 @@ class ResidualBlock(nn.Module):
         y, state = self.mixer.prefill(self.norm(x), state, ragged)
         return self._after(x + y), state
 
-    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: State, dt_scale: Tensor | None = None) -> tuple[Tensor, State]:
         """The same for one token, (b, d)."""
-        y, state = self.mixer.step(self.norm(x), state)
+        y, state = self.mixer.step(self.norm(x), state, dt_scale)
         return self._after(x + y), state
 
     def _after(self, x: Tensor) -> Tensor:

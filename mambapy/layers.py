@@ -78,6 +78,21 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
+class UnscaledRMSNorm(nn.Module):
+    """RMSNorm without a scale: it has no parameters."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        """There is nothing to draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d) to (..., d), in x's dtype."""
+        return ops.rms_norm(x, None, self.eps).to(x.dtype)
+
+
 class GatedRMSNorm(nn.Module):
     """A norm of each group of channels, with a gate silu(z) before or after it.
 

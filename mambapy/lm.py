@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import checkpoints, generation
-from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig, StackConfig
+from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig, StackConfig
 from mambapy.errors import CheckpointError, ConfigError, ShapeError
 from mambapy.fused import FusedStep
+from mambapy.hybrid import Hybrid
 from mambapy.layers import (
     QUANTIZED,
     QuantizedEmbedding,
@@ -42,6 +43,7 @@ STACKS: dict[str, tuple[type[StackConfig], Callable[[Any], Stack]]] = {
     "mamba": (MambaConfig, Mamba),
     "mamba2": (Mamba2Config, Mamba2),
     "mamba3": (Mamba3Config, Mamba3),
+    "hybrid": (HybridConfig, Hybrid),
 }
 
 
@@ -49,7 +51,7 @@ class LM(FusedStep):
     """A language model.
 
     Args:
-        config: the stack of blocks: a MambaConfig, Mamba2Config or Mamba3Config.
+        config: the stack of blocks: a MambaConfig, Mamba2Config, Mamba3Config or HybridConfig.
         vocab_size: number of tokens, >= 1. Logits have this size.
         tie_embeddings: use the embedding's weight for the head too.
         pad_vocab_size_multiple: the weights have this many rows or a multiple, which suits the
@@ -158,7 +160,11 @@ class LM(FusedStep):
         self.backbone.gradient_checkpointing = value
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None = None, seq_idx: Tensor | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, at every position.
 
@@ -166,6 +172,7 @@ class LM(FusedStep):
             tokens: (b, l) int64 in [0, vocab_size), l >= 1.
             mask: (b, l) bool, True at real tokens; padding may stand anywhere.
             seq_idx: (b, l) integers, the document of each token, where a row packs several.
+            dt_scale: (b, l) >= 0, the time since the token before, in steps; see `Stack.forward`.
 
         Returns:
             (b, l, vocab_size); zeros at padding.
@@ -173,7 +180,7 @@ class LM(FusedStep):
         Raises:
             ShapeError: an argument does not fit, or a token is out of range.
         """
-        ragged = self._layout(tokens, 2, mask, seq_idx)
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
         hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
         return ragged.restore(self._head(hidden))
 
@@ -184,6 +191,7 @@ class LM(FusedStep):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> tuple[Tensor, ModelState]:
         """Run tokens from a state on; see `Mamba.prefill`.
@@ -193,6 +201,7 @@ class LM(FusedStep):
             state: what an earlier call returned; a fresh one without it.
             mask: (b, l) bool, True at real tokens.
             seq_idx: (b, l) integers, the document of each token.
+            dt_scale: (b, l) >= 0, the time since the token before, in steps.
             logits_to_keep: 0 for the logits of all positions; n for those of each row's last n
                 real tokens, the last one last; a row with fewer repeats its first.
 
@@ -202,7 +211,7 @@ class LM(FusedStep):
         Raises:
             ShapeError: an argument does not fit, or a token is out of range.
         """
-        ragged = self._layout(tokens, 2, mask, seq_idx)
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
         if not 0 <= logits_to_keep <= tokens.shape[1]:
             raise ShapeError(
                 f"logits_to_keep={logits_to_keep} must be from 0 to l = {tokens.shape[1]}"
@@ -212,12 +221,15 @@ class LM(FusedStep):
             return ragged.restore(self._head(hidden)), state
         return self._head(ragged.last(hidden, logits_to_keep)), state
 
-    def step(self, token: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def step(
+        self, token: Tensor, state: ModelState, dt_scale: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
         """Run one token of each row.
 
         Args:
             token: (b,) int64 in [0, vocab_size).
             state: what the last call returned, or `init_state`.
+            dt_scale: (b,) >= 0, the time since the token before, in steps.
 
         Returns:
             Logits (b, vocab_size), and the new state.
@@ -228,10 +240,11 @@ class LM(FusedStep):
         self._layout(token, 1)
         x = self._embed(token)
         self.backbone.check_state(state, x.shape[0])
-        if (found := self.fused_step(x, state, self.config.backend)) is not None:
+        found = None if dt_scale is not None else self.fused_step(x, state, self.config.backend)
+        if found is not None:
             logits, state = found
             return logits[:, : self.vocab_size].to(self.norm_f.weight.dtype), state
-        hidden, state = self.backbone.step(x, state)
+        hidden, state = self.backbone.step(x, state, dt_scale)
         return self._head(hidden), state
 
     def plan_step(self, plan: "StepPlan", residual: "Rows") -> "Rows | None":
@@ -338,6 +351,7 @@ class LM(FusedStep):
         dims: int,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
     ) -> Ragged:
         """Check the tokens and lay out their rows."""
         shape = "(b, l)" if dims == 2 else "(b,)"
@@ -347,7 +361,7 @@ class LM(FusedStep):
             raise ShapeError(f"tokens must be {shape}, not empty, got {tuple(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"tokens must be int64 or int32, got {tokens.dtype}")
-        ragged = Ragged.of(tokens, mask, seq_idx) if dims == 2 else Ragged()
+        ragged = Ragged.of(tokens, mask, seq_idx, dt_scale) if dims == 2 else Ragged()
         # Reading values back would stall a GPU, and stop torch.compile.
         if tokens.device.type == "cpu" and not is_traced():
             # Padding may hold anything; packed, it is zero.

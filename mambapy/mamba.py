@@ -22,14 +22,23 @@ from a state and leaves one, `step` for a single token. They give the same numbe
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapy import ops
 from mambapy.block import Mixer
 from mambapy.config import MambaConfig
 from mambapy.init import init_A_log
-from mambapy.layers import DtProjection, is_plain, may_overwrite, product, widen
-from mambapy.ragged import Ragged
+from mambapy.layers import (
+    DtProjection,
+    RMSNorm,
+    UnscaledRMSNorm,
+    is_plain,
+    may_overwrite,
+    product,
+    widen,
+)
+from mambapy.ragged import Ragged, stretch
 from mambapy.stack import Stack
 from mambapy.state import SSMState
 
@@ -47,7 +56,7 @@ class Mamba(Stack):
     """
 
     def __init__(self, config: MambaConfig) -> None:
-        super().__init__(config, lambda: MambaBlock(config))
+        super().__init__(config, (MambaBlock(config) for _ in range(config.n_layers)))
 
 
 class MambaBlock(Mixer[SSMState]):
@@ -69,16 +78,27 @@ class MambaBlock(Mixer[SSMState]):
         self.in_proj = nn.Linear(d, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, k, groups=e, padding=k - 1, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, R + 2 * n, bias=False)
+        self.dt_layernorm, self.b_layernorm, self.c_layernorm = map(self._inner_norm, (R, n, n))
         self.dt_proj = DtProjection(R, e, config.dt_init, config.dt_scale)
         self.A_log = nn.Parameter(widen(torch.empty(e, n)))
         self.D = nn.Parameter(widen(torch.empty(e)))
         self.out_proj = nn.Linear(e, d, bias=config.bias)
         self._reset_own_parameters()
 
+    def _inner_norm(self, d: int) -> RMSNorm | UnscaledRMSNorm | None:
+        """One of the norms behind x_proj."""
+        kind, eps = self.config.inner_norm, self.config.inner_norm_eps
+        if kind == "none":
+            return None
+        return RMSNorm(d, eps) if kind == "learned" else UnscaledRMSNorm(eps)
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as the constructor does."""
-        for layer in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
-            layer.reset_parameters()
+        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        layers = (self.in_proj, self.conv1d, self.x_proj, *norms, self.dt_proj, self.out_proj)
+        for layer in layers:
+            if layer is not None:
+                layer.reset_parameters()
         self._reset_own_parameters()
 
     def _reset_own_parameters(self) -> None:
@@ -103,7 +123,9 @@ class MambaBlock(Mixer[SSMState]):
         y, conv, ssm = self._mix(x, state, ragged)
         return y, SSMState(conv, ssm)
 
-    def step(self, x: Tensor, state: SSMState) -> tuple[Tensor, SSMState]:
+    def step(
+        self, x: Tensor, state: SSMState, dt_scale: Tensor | None = None
+    ) -> tuple[Tensor, SSMState]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
         x, conv = ops.causal_conv1d_step(
@@ -115,6 +137,7 @@ class MambaBlock(Mixer[SSMState]):
             backend=self._plain_backend,
         )
         dt, dt_bias, B, C = self._select(x)
+        dt, dt_bias, B = _stretched(dt, dt_bias, B, dt_scale)
         y, ssm = ops.selective_scan_step(
             x,
             dt,
@@ -125,7 +148,7 @@ class MambaBlock(Mixer[SSMState]):
             z,
             state=state.ssm,
             dt_bias=dt_bias,
-            dt_softplus=True,
+            dt_softplus=dt_scale is None,
             backend=self._plain_backend,
         )
         return self.out_proj(y), SSMState(conv, ssm)
@@ -137,6 +160,8 @@ class MambaBlock(Mixer[SSMState]):
         if in_proj is None or x_proj is None or dt_proj is None or out_proj is None:
             return False
         if type(self) is not MambaBlock or not is_plain(self.conv1d, nn.Conv1d):
+            return False
+        if self.config.inner_norm != "none":
             return False
         e, n, R = self.config.d_inner, self.config.d_state, self.config.rank
         x, z = plan.linear(x, in_proj, "in_proj").split(e, e)
@@ -178,6 +203,7 @@ class MambaBlock(Mixer[SSMState]):
         )
         dt, dt_bias, B, C = self._select(x)
         dt = ragged.stop_padding(dt)
+        dt, dt_bias, B = _stretched(dt, dt_bias, B, ragged.dt_scale)
         y, ssm = ops.selective_scan(
             x,
             dt,
@@ -187,7 +213,7 @@ class MambaBlock(Mixer[SSMState]):
             self.D,
             z,
             dt_bias=dt_bias,
-            dt_softplus=True,
+            dt_softplus=ragged.dt_scale is None,
             state=None if state is None else state.ssm,
             seq_idx=ragged.seq_idx,
             return_state=True,
@@ -200,6 +226,8 @@ class MambaBlock(Mixer[SSMState]):
         """What makes the scan selective: dt, its bias, B and C, all made from the token itself."""
         n, R = self.config.d_state, self.config.rank
         low, B, C = self.x_proj(x).split([R, n, n], dim=-1)  # (..., R), (..., n), (..., n)
+        if self.dt_layernorm and self.b_layernorm and self.c_layernorm:
+            low, B, C = self.dt_layernorm(low), self.b_layernorm(B), self.c_layernorm(C)
         dt, dt_bias = DtProjection.parts(self.dt_proj, low)  # (..., e)
         return dt, dt_bias, B, C
 
@@ -211,3 +239,13 @@ class MambaBlock(Mixer[SSMState]):
     def _A(self) -> Tensor:  # noqa: N802 (the papers' letter)
         """A (e, n), below zero whatever A_log is."""
         return -torch.exp(self.A_log)
+
+
+def _stretched(
+    dt: Tensor, dt_bias: Tensor | None, B: Tensor, dt_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dt, its bias and B, as they are without dt_scale; else dt is after softplus, and longer."""
+    if dt_scale is None:
+        return dt, dt_bias, B
+    delta, B = stretch(F.softplus(widen(dt) + (0 if dt_bias is None else dt_bias)), B, dt_scale)
+    return delta, None, B

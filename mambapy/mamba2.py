@@ -29,7 +29,7 @@ from mambapy.block import Mixer
 from mambapy.config import Mamba2Config
 from mambapy.init import init_A_log_uniform, init_dt_bias
 from mambapy.layers import GatedRMSNorm, is_plain, may_overwrite, product, widen
-from mambapy.ragged import Ragged
+from mambapy.ragged import Ragged, stretch
 from mambapy.stack import Stack
 from mambapy.state import Mamba2State
 
@@ -47,7 +47,7 @@ class Mamba2(Stack):
     """
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__(config, lambda: Mamba2Block(config))
+        super().__init__(config, (Mamba2Block(config) for _ in range(config.n_layers)))
 
 
 class Mamba2Block(Mixer[Mamba2State]):
@@ -120,7 +120,9 @@ class Mamba2Block(Mixer[Mamba2State]):
         y, conv, ssm = self._mix(x, state, ragged)
         return y, Mamba2State(conv, ssm)
 
-    def step(self, x: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
+    def step(
+        self, x: Tensor, state: Mamba2State, dt_scale: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
         gate, value, z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)
         xBC, conv = ops.causal_conv1d_step(
@@ -132,18 +134,8 @@ class Mamba2Block(Mixer[Mamba2State]):
             backend=self._plain_backend,
         )
         x, B, C = self._split(xBC)
-        y, ssm = ops.ssd_step(
-            x,
-            widen(dt),
-            self._A(),
-            B,
-            C,
-            self.D,
-            state=state.ssm,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=self.config.dt_limit,
-        )
+        delta, B = stretch(self._delta(dt), B, dt_scale)
+        y, ssm = ops.ssd_step(x, delta, self._A(), B, C, self.D, state=state.ssm)
         return self._finish(y, z, gate, value), Mamba2State(conv, ssm)
 
     def plan_step(self, plan: "StepPlan", x: "Rows", residual: "Rows") -> bool:
@@ -220,9 +212,9 @@ class Mamba2Block(Mixer[Mamba2State]):
             backend=self._plain_backend,
         )
         x, B, C = self._split(xBC)
-        delta = F.softplus(widen(dt) + self.dt_bias).clamp(*self.config.dt_limit)  # (b, l, h)
         # After the limit, which could make a step of no step.
-        delta = ragged.no_step(delta)
+        delta = ragged.no_step(self._delta(dt))  # (b, l, h)
+        delta, B = stretch(delta, B, ragged.dt_scale)
         y, ssm = ops.ssd(
             x,
             delta,
@@ -243,6 +235,10 @@ class Mamba2Block(Mixer[Mamba2State]):
             )
             y, ssm = y + more.to(y.dtype), ssm + ssm_more
         return self._finish(y, z, gate, value), conv, ssm
+
+    def _delta(self, dt: Tensor) -> Tensor:
+        """The step sizes (..., h)."""
+        return F.softplus(widen(dt) + self.dt_bias).clamp(*self.config.dt_limit)
 
     def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., h, p), B and C (..., g, n)."""

@@ -48,7 +48,7 @@ class Mamba3(Stack):
     can_plan = False
 
     def __init__(self, config: Mamba3Config) -> None:
-        super().__init__(config, lambda: Mamba3Block(config))
+        super().__init__(config, (Mamba3Block(config) for _ in range(config.n_layers)))
 
 
 class Mamba3Block(Mixer[Mamba3State]):
@@ -114,9 +114,11 @@ class Mamba3Block(Mixer[Mamba3State]):
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
         return self._mix(x, self.init_state(x.shape[0]) if state is None else state, ragged)
 
-    def step(self, x: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
+    def step(
+        self, x: Tensor, state: Mamba3State, dt_scale: Tensor | None = None
+    ) -> tuple[Tensor, Mamba3State]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
-        z, (x, dt, A, trap, omega, B, C) = self._inputs(x)
+        z, (x, dt, A, trap, omega, B, C) = self._inputs(x, dt_scale)
         y, parts = ops.mamba3_step(
             *(x, dt, A, trap, omega, B, C, self.D),
             B_bias=self.B_bias,
@@ -142,7 +144,7 @@ class Mamba3Block(Mixer[Mamba3State]):
         self, x: Tensor, state: Mamba3State | None, ragged: Ragged
     ) -> tuple[Tensor, Mamba3State]:
         """The output (b, l, d), and the state after it."""
-        z, inputs = self._inputs(x)
+        z, inputs = self._inputs(x, ragged.dt_scale)
         y, parts = ops.mamba3_scan(
             *inputs,
             self.D,
@@ -159,7 +161,7 @@ class Mamba3Block(Mixer[Mamba3State]):
         )
         return self._finish(y, z), Mamba3State(*parts)
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _inputs(self, x: Tensor, dt_scale: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """z (..., h, p), and what the recurrence takes: x, dt, A, trap, omega, B, C."""
         config = self.config
         z, x, B, C, dt, A, trap, omega = self.in_proj(x).split(self.parts, dim=-1)
@@ -169,8 +171,11 @@ class Mamba3Block(Mixer[Mamba3State]):
         dt = F.softplus(widen(dt) + self.dt_bias)
         rate = widen(A)
         rate = heavy_tail(rate) if config.a_activation == "heavy_tail" else F.softplus(rate)
-        A = -rate.clamp(min=config.A_floor)
-        return z, (x, dt, A, torch.sigmoid(widen(trap)), math.pi * torch.tanh(widen(omega)), B, C)
+        A, omega = -rate.clamp(min=config.A_floor), math.pi * torch.tanh(widen(omega))
+        if dt_scale is not None:
+            # The state decays and turns for the whole gap; tokens are written as ever.
+            A, omega = A * dt_scale[..., None], omega * dt_scale[..., None]
+        return z, (x, dt, A, torch.sigmoid(widen(trap)), omega, B, C)
 
     def _finish(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate y (..., r, h, p) by z (..., h, p), add up a step's outputs, and project."""

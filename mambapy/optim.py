@@ -21,7 +21,7 @@ ROLES: dict[str, tuple[str, bool]] = {
     "BC_bias": (r"[BC]_bias", False),
     "mimo": (r"mimo_[xzo]", False),
     "init_states": (r"init_states", False),
-    "norm": (r"([BC]_)?norm(2|_f)?\.(weight|bias)", False),
+    "norm": (r"([BC]_)?norm(2|_f)?\.(weight|bias)|(dt|b|c)_layernorm\.weight", False),
     "bias": (r"bias", False),
     "embedding": (r"embedding\.weight", False),
     "conv": (r"conv1d\.weight", True),

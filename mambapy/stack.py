@@ -7,7 +7,7 @@ Three ways through a stack: `forward` for whole sequences, `prefill` for a seque
 from a state and leaves one, `step` for a single token. They give the same numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +19,8 @@ from mambapy.config import StackConfig
 from mambapy.errors import ShapeError
 from mambapy.fused import FusedStep
 from mambapy.init import rescale_residual
-from mambapy.ragged import Ragged
-from mambapy.state import ModelState, State
+from mambapy.ragged import Ragged, check_dt_scale
+from mambapy.state import ModelState
 
 if TYPE_CHECKING:
     from mambapy.ops.cpu.step import Rows, StepPlan
@@ -31,27 +31,27 @@ class Stack(FusedStep):
 
     Args:
         config: the architecture.
-        make_mixer: called once for each layer.
+        mixers: one for each block.
 
     Attributes:
         gradient_checkpointing: set it to True to keep only each block's input for the backward
             pass, and compute the rest again: less memory, one more forward pass of time.
     """
 
-    def __init__(self, config: StackConfig, make_mixer: Callable[[], Mixer[Any]]) -> None:
+    def __init__(self, config: StackConfig, mixers: Iterable[Mixer[Any]]) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
         self.layers: Sequence[ResidualBlock] = nn.ModuleList(  # type: ignore[assignment]
-            ResidualBlock(make_mixer(), config.d_model, config.rms_norm_eps, self._mlp())
-            for _ in range(config.n_layers)
+            ResidualBlock(
+                mixer,
+                config.d_model,
+                config.rms_norm_eps,
+                GatedMLP(config.d_model, config.d_mlp) if has_mlp else None,
+            )
+            for mixer, has_mlp in zip(mixers, config.mlp_layers, strict=True)
         )
         self._rescale()
-
-    def _mlp(self) -> GatedMLP | None:
-        """The MLP of a block, where there is one."""
-        config = self.config
-        return GatedMLP(config.d_model, config.d_mlp) if config.d_mlp else None
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as the constructor does."""
@@ -67,7 +67,12 @@ class Stack(FusedStep):
                     rescale_residual(last.weight, self.config.n_residuals)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None = None, seq_idx: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
     ) -> Tensor:
         """Run whole sequences.
 
@@ -76,6 +81,10 @@ class Stack(FusedStep):
             mask: (b, l) bool, True at real tokens; padding may stand anywhere.
             seq_idx: (b, l) integers, the document of each token, where a row packs several. A
                 negative one is padding.
+            dt_scale: (b, l) >= 0, for series without a regular step: the time since the token
+                before, in steps. States decay for that long, so a gap of k gives what k - 1
+                tokens without input and without a step of their own would; attention's positions
+                are those times. All are 1 without it.
 
         Returns:
             (b, l, d) in x's dtype; zeros at padding.
@@ -84,7 +93,7 @@ class Stack(FusedStep):
             ShapeError: an argument does not fit.
         """
         self._check(x, 3)
-        ragged = Ragged.of(x, mask, seq_idx)
+        ragged = Ragged.of(x, mask, seq_idx, dt_scale)
         return ragged.restore(self.run(ragged.pack(x), ragged))
 
     def prefill(
@@ -94,6 +103,7 @@ class Stack(FusedStep):
         *,
         mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Run sequences that go on from a state, and return the state they leave.
 
@@ -106,6 +116,7 @@ class Stack(FusedStep):
             mask: (b, l) bool, True at real tokens. A row's state stands after its last real token.
             seq_idx: (b, l) integers, the document of each token; a row whose first document is not
                 the one its state stopped in starts afresh.
+            dt_scale: (b, l) >= 0, the time since the token before, in steps; see `forward`.
 
         Returns:
             (b, l, d) in x's dtype, and the new state.
@@ -114,16 +125,21 @@ class Stack(FusedStep):
             ShapeError: an argument does not fit, the state's batch for instance.
         """
         self._check(x, 3)
-        ragged = Ragged.of(x, mask, seq_idx)
+        ragged = Ragged.of(x, mask, seq_idx, dt_scale)
         y, state = self.run_from(ragged.pack(x), state, ragged)
         return ragged.restore(y), state
 
-    def step(self, x: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def step(
+        self, x: Tensor, state: ModelState, dt_scale: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
         """Run one token of each sequence, at a cost that does not depend on how many came before.
+
+        (But for attention, which looks at all of them.)
 
         Args:
             x: (b, d) floating point.
             state: what the last call returned, or `init_state`. It is not changed.
+            dt_scale: (b,) >= 0, the time since the token before, in steps; see `forward`.
 
         Returns:
             (b, d) in x's dtype, and the new state.
@@ -133,11 +149,14 @@ class Stack(FusedStep):
         """
         self._check(x, 2)
         self.check_state(state, x.shape[0])
-        if (found := self.fused_step(x, state, self.config.backend)) is not None:
-            return found[0].to(x.dtype), found[1]
+        dt_scale = check_dt_scale(dt_scale, x.shape[:1])
+        if dt_scale is None:
+            found = self.fused_step(x, state, self.config.backend)
+            if found is not None:
+                return found[0].to(x.dtype), found[1]
         residual, states = self._to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            residual, layer_state = layer.step(residual, layer_state)
+            residual, layer_state = layer.step(residual, layer_state, dt_scale)
             states.append(layer_state)
         return residual.to(x.dtype), ModelState(tuple(states), state.seq_idx)
 
@@ -167,7 +186,7 @@ class Stack(FusedStep):
         residual, states = self._to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             if goes_on is not None:
-                layer_state = _restart(layer_state, layer.mixer.init_state(x.shape[0]), goes_on)
+                layer_state = layer.mixer.restart(layer_state, goes_on)
             residual, layer_state = layer.prefill(residual, layer_state, ragged)
             states.append(layer_state)
         return residual.to(x.dtype), ModelState(tuple(states), ragged.last_document(state.seq_idx))
@@ -204,9 +223,3 @@ class Stack(FusedStep):
             raise ShapeError(
                 f"the state's seq_idx must be ({batch_size},), got {tuple(state.seq_idx.shape)}"
             )
-
-
-def _restart(state: State, fresh: State, goes_on: Tensor) -> State:
-    """The rows of `state` where goes_on (b,), those of `fresh` elsewhere."""
-    new = iter(fresh.tensors().values())
-    return state.map(lambda T: torch.where(goes_on.view(-1, *[1] * (T.dim() - 1)), T, next(new)))

@@ -160,6 +160,27 @@ class Mamba3State(State):
 
 
 @dataclass(frozen=True)
+class AttentionState(State):
+    """The state of one attention layer: the keys and values of each row's document so far.
+
+    Rows may have got different numbers of tokens; what stands beyond a row's length means nothing.
+
+    Args:
+        conv: (b, k-1, (h + 2 kv) p) the last inputs of the convolution; all sizes but b are 0
+            where there is none.
+        keys, values: (b, t, kv, p) those of each row's tokens, in order, at the left.
+        lengths: (b,) int64, how many of the t each row has.
+        time: (b,) the position that the next token will have, if it comes one step later.
+    """
+
+    conv: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    time: Tensor
+
+
+@dataclass(frozen=True)
 class ModelState(State):
     """The state of a stack of layers.
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig
+from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
 from mambapy.errors import ConfigError
 from tests.helpers import tiny
 
@@ -206,3 +206,42 @@ def test_the_originals_flags():
 def test_import_needs_no_torch():
     code = "import sys, mambapy.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+HYBRID = {"d_model": 16, "layers": ["mamba2", "attention"], "attention": {"n_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": []}, r"layers=\[\] must be a list of blocks"),
+        ({"layers": "mamba"}, "layers='mamba' must be a list of blocks"),
+        ({"layers": ["mamba9"]}, "layers: 'mamba9' must be one of mamba, mamba2"),
+        ({"n_layers": 3}, "n_layers=3 must be the length of layers, 2"),
+        ({"d_intermediate": 8}, r"d_intermediate=8 must be above 0 where a block has '\+mlp'"),
+        ({"layers": ["mamba+mlp"], "attention": {}}, "d_intermediate=0 must be above 0"),
+        ({"attention": {}}, r"attention: AttentionConfig needs \['n_heads'\]"),
+        ({"attention": 3}, "attention=3 must be a mapping of options"),
+        ({"mamba2": {"d_stat": 3}}, r"mamba2: unknown keys \['d_stat'\]"),
+        ({"mamba2": {"d_model": 3}}, r"mamba2: \['d_model'\] are of the whole stack"),
+        ({"mamba3": {"d_state": 3}}, "no block of layers is 'mamba3'"),
+        ({"attention": {"n_heads": 3}}, "n_heads=3 must divide d_model=16; or give d_head"),
+        ({"attention": {"n_heads": 4, "n_kv_heads": 3}}, "n_kv_heads=3 must divide n_heads=4"),
+        ({"attention": {"n_heads": 4, "rotary_dim": 6}}, "rotary_dim=6 must be even and at most"),
+        ({"attention": {"n_heads": 4, "rotary_dim": 3}}, "rotary_dim=3 must be even"),
+    ],
+)
+def test_a_hybrid_that_cannot_be(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        HybridConfig(**HYBRID | changes)
+
+
+def test_a_hybrid_as_plain_values():
+    options = {"d_head": 4, "dt_limit": [0.0, "inf"]}
+    config = HybridConfig(**HYBRID | {"mamba2": options, "expand": 1, "d_intermediate": 0})
+    assert (config.n_layers, config.n_residuals) == (2, 2)
+    assert config.mixer_config("mamba2").d_inner == 16
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert HybridConfig.from_dict(plain) == config
+    mixed = HybridConfig(d_model=16, layers=("mamba", "mamba2+mlp"), d_intermediate=8)
+    assert (mixed.mlp_layers, mixed.n_residuals) == ((False, True), 3)

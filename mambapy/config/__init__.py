@@ -1,0 +1,30 @@
+"""The configurations of the models: frozen, keyword-only, checked when they are made.
+
+A configuration says what the architecture is and how it is initialised. It imports no torch, so
+that a tool can read and check one cheaply.
+
+    StackConfig                        what every stack of blocks has
+      MambaConfig      Mamba2Config    Mamba3Config    AttentionConfig: one kind of mixer
+      HybridConfig                     a list that names the mixer of each block
+"""
+
+from mambapy.config.hybrid import HybridConfig
+from mambapy.config.mixers import (
+    AttentionConfig,
+    HeadsConfig,
+    Mamba2Config,
+    Mamba3Config,
+    MambaConfig,
+)
+from mambapy.config.stack import BACKENDS, StackConfig
+
+__all__ = [
+    "BACKENDS",
+    "AttentionConfig",
+    "HeadsConfig",
+    "HybridConfig",
+    "Mamba2Config",
+    "Mamba3Config",
+    "MambaConfig",
+    "StackConfig",
+]
