@@ -208,7 +208,7 @@ def test_import_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-HYBRID = {"d_model": 16, "layers": ["mamba2", "attention"], "attention": {"n_heads": 2}}
+HYBRID = {"d_model": 64, "layers": ["mamba2", "attention"], "attention": {"n_heads": 2}}
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ HYBRID = {"d_model": 16, "layers": ["mamba2", "attention"], "attention": {"n_hea
         ({"mamba2": {"d_stat": 3}}, r"mamba2: unknown keys \['d_stat'\]"),
         ({"mamba2": {"d_model": 3}}, r"mamba2: \['d_model'\] are of the whole stack"),
         ({"mamba3": {"d_state": 3}}, "no block of layers is 'mamba3'"),
-        ({"attention": {"n_heads": 3}}, "n_heads=3 must divide d_model=16; or give d_head"),
+        ({"attention": {"n_heads": 3}}, "n_heads=3 must divide d_model=64; or give d_head"),
         ({"attention": {"n_heads": 4, "n_kv_heads": 3}}, "n_kv_heads=3 must divide n_heads=4"),
-        ({"attention": {"n_heads": 4, "rotary_dim": 6}}, "rotary_dim=6 must be even and at most"),
+        ({"attention": {"n_heads": 4, "rotary_dim": 18}}, "rotary_dim=18 must be even and at most"),
         ({"attention": {"n_heads": 4, "rotary_dim": 3}}, "rotary_dim=3 must be even"),
     ],
 )
@@ -240,8 +240,8 @@ def test_a_hybrid_as_plain_values():
     options = {"d_head": 4, "dt_limit": [0.0, "inf"]}
     config = HybridConfig(**HYBRID | {"mamba2": options, "expand": 1, "d_intermediate": 0})
     assert (config.n_layers, config.n_residuals) == (2, 2)
-    assert config.mixer_config("mamba2").d_inner == 16
+    assert config.mixer_config("mamba2").d_inner == 64
     plain = json.loads(json.dumps(config.to_dict()))
     assert HybridConfig.from_dict(plain) == config
-    mixed = HybridConfig(d_model=16, layers=("mamba", "mamba2+mlp"), d_intermediate=8)
+    mixed = HybridConfig(d_model=64, layers=("mamba", "mamba2+mlp"), d_intermediate=8)
     assert (mixed.mlp_layers, mixed.n_residuals) == ((False, True), 3)
