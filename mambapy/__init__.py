@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
+    from mambapy.heads import Regressor, SequenceClassifier, SeriesModel, TokenClassifier
     from mambapy.hybrid import Hybrid
     from mambapy.lm import LM, MambaLM, from_pretrained
     from mambapy.mamba import Mamba, MambaBlock
@@ -32,6 +33,10 @@ __all__ = [
     "MambaBlock",
     "MambaConfig",
     "MambaLM",
+    "Regressor",
+    "SequenceClassifier",
+    "SeriesModel",
+    "TokenClassifier",
     "__version__",
     "from_pretrained",
 ]
@@ -51,6 +56,10 @@ _HOMES = {
     "Mamba3Config": "config",
     "Hybrid": "hybrid",
     "HybridConfig": "config",
+    "Regressor": "heads",
+    "SequenceClassifier": "heads",
+    "SeriesModel": "heads",
+    "TokenClassifier": "heads",
     "ByteTokenizer": "tokenizer",
 }
 

@@ -1,4 +1,7 @@
-"""The command line: `mambapy train | generate | bench | info`; each verb calls one function."""
+"""The command line: `mambapy train | generate | convert | bench | info`.
+
+Each verb calls one function.
+"""
 
 import argparse
 import contextlib
@@ -14,7 +17,7 @@ from typing import Any, NoReturn
 
 import mambapy
 from mambapy.bench.options import Options, add_flags
-from mambapy.errors import CheckpointError, ConfigError, DataError, MambapyError
+from mambapy.errors import ConfigError, DataError, MambapyError
 from mambapy.train.config import TrainConfig
 from mambapy.train.presets import PRESETS
 
@@ -31,6 +34,13 @@ examples:
   mambapy generate runs/demo --prompt "def main("
   echo "import os" | mambapy generate runs/demo --num-tokens 500 --temperature 0.7
   mambapy generate runs/demo                      asks for prompts, where stdin is a terminal
+  mambapy generate state-spaces/mamba-130m --tokenizer gpt-neox/tokenizer.json --prompt "Mamba is"
+"""
+_CONVERT = """\
+examples:
+  mambapy convert state-spaces/mamba-130m mamba-130m-hf --format hf
+  mambapy convert tiiuae/falcon-mamba-7b falcon --format mambapy
+  mambapy convert runs/demo demo-official --format official
 """
 _BENCH = """\
 examples:
@@ -111,17 +121,17 @@ def train(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """`mambapy generate`."""
+    import torch
+
+    from mambapy.checkpoints import find
     from mambapy.lm import LM
     from mambapy.tokenizer import load_tokenizer
 
-    folder = Path(args.model)
-    if folder.is_file():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise CheckpointError(f"{args.model}: no such run folder or checkpoint")
-    model = LM.from_pretrained(folder)
-    if args.device:
-        model.to(_device(args.device))
+    path = Path(args.model)
+    folder = find(path.parent if path.is_file() else args.model, args.revision)
+    device = _device(args.device) if args.device else None
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    model = LM.from_pretrained(folder, dtype=dtype, device=device)
     tokenizer = load_tokenizer(args.tokenizer or str(folder))
     for prompt in _prompts(args.prompt):
         pieces = model.generate_stream(
@@ -140,6 +150,19 @@ def generate(args: argparse.Namespace) -> None:
         for piece in pieces:
             print(piece, end="", flush=True)
         print(flush=True)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`mambapy convert`."""
+    from mambapy.convert import convert
+
+    files = convert(args.source, args.target, args.format, revision=args.revision)
+    sizes = {path.name: path.stat().st_size for path in files}
+    if args.json:
+        print(json.dumps({"target": args.target, "files": sizes}))
+        return
+    for name, size in sizes.items():
+        print(f"{size:>15,} bytes  {Path(args.target) / name}")
 
 
 def bench(args: argparse.Namespace) -> None:
@@ -207,10 +230,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="mambapy", description="Mamba language models: train, generate.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mambapy {mambapy.__version__}")
-    metavar = "train | generate | bench | info"
+    metavar = "train | generate | convert | bench | info"
     verbs = parser.add_subparsers(required=True, metavar=metavar, dest="verb")
     _add_train(_verb(verbs, "train", train, "train a language model on text", _TRAIN))
     _add_generate(_verb(verbs, "generate", generate, "continue a prompt", _GENERATE))
+    text = "write a checkpoint again in another format"
+    _add_convert(_verb(verbs, "convert", convert, text, _CONVERT))
     add_flags(_verb(verbs, "bench", bench, "measure time and memory, beside others", _BENCH))
     flags = _verb(verbs, "info", info, "versions, devices and backends", _INFO)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
@@ -267,7 +292,9 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
 
 def _add_generate(verb: argparse.ArgumentParser) -> None:
     """The flags of `generate`."""
-    verb.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="folder with model.safetensors")
+    verb.add_argument(
+        "model", metavar="MODEL", help="run folder, checkpoint, or name on the Hugging Face hub"
+    )
     verb.add_argument("--prompt", metavar="TEXT", help="text to continue; without it, stdin")
     verb.add_argument(
         "--num-tokens", type=int, default=300, metavar="N", help="most tokens to generate [300]"
@@ -290,7 +317,25 @@ def _add_generate(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--tokenizer", metavar="NAME", help="where the folder does not name its own")
     verb.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ... [cpu]")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    verb.add_argument("--dtype", choices=dtypes, help="of the weights [the file's]")
+    verb.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     verb.add_argument("--json", action="store_true", help='one JSON object a prompt, with "text"')
+
+
+def _add_convert(verb: argparse.ArgumentParser) -> None:
+    """The flags of `convert`."""
+    verb.add_argument("source", metavar="SRC", help="folder, or name on the Hugging Face hub")
+    verb.add_argument("target", metavar="DST", help="folder to write")
+    formats = {
+        "mambapy": "this library's own",
+        "official": "the papers' code (one pytorch_model.bin)",
+        "hf": "transformers",
+    }
+    text = "; ".join(f"{name}: {what}" for name, what in formats.items())
+    verb.add_argument("--format", required=True, choices=[*formats], help=text)
+    verb.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _device(name: str) -> Any:

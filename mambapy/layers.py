@@ -45,6 +45,16 @@ class WideParameters(nn.Module):
         return self
 
 
+def wide_names(model: nn.Module) -> set[str]:
+    """The names of all parameters that stay in float32 or wider."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, WideParameters)
+        for name in module.wide
+    }
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -23,6 +23,8 @@ from mambapy.layers import (
     RMSNorm,
     is_plain,
     product,
+    wide,
+    wide_names,
 )
 from mambapy.mamba import Mamba
 from mambapy.mamba2 import Mamba2
@@ -36,14 +38,22 @@ from mambapy.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mambapy.ops.cpu.step import Rows, StepPlan
 
-__all__ = ["LM", "Mamba2Config", "Mamba3Config", "MambaConfig", "MambaLM", "from_pretrained"]
+__all__ = [
+    "LM",
+    "HybridConfig",
+    "Mamba2Config",
+    "Mamba3Config",
+    "MambaConfig",
+    "MambaLM",
+    "from_pretrained",
+]
 
-# What config.json calls a stack, its configuration, and the stack itself.
-STACKS: dict[str, tuple[type[StackConfig], Callable[[Any], Stack]]] = {
-    "mamba": (MambaConfig, Mamba),
-    "mamba2": (Mamba2Config, Mamba2),
-    "mamba3": (Mamba3Config, Mamba3),
-    "hybrid": (HybridConfig, Hybrid),
+# The stack of each kind of configuration.
+STACKS: dict[type[StackConfig], Callable[[Any], Stack]] = {
+    MambaConfig: Mamba,
+    Mamba2Config: Mamba2,
+    Mamba3Config: Mamba3,
+    HybridConfig: Hybrid,
 }
 
 
@@ -78,19 +88,17 @@ class LM(FusedStep):
         }.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be an integer >= 1")
-        kinds = [name for name, (kind, _) in STACKS.items() if type(config) is kind]
-        if not kinds:
-            known = ", ".join(kind.__name__ for kind, _ in STACKS.values())
+        if type(config) not in STACKS:
+            known = ", ".join(kind.__name__ for kind in STACKS)
             raise ConfigError(f"config must be one of {known}, got {type(config).__name__}")
         self.config = config
-        self.model_type = kinds[0]
         self.vocab_size = vocab_size
         self.tie_embeddings = tie_embeddings
         self.pad_vocab_size_multiple = pad_vocab_size_multiple
         self.quantized: str | None = None
         rows = -(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple
         self.embedding = nn.Embedding(rows, config.d_model)
-        self.backbone = STACKS[self.model_type][1](config)
+        self.backbone = STACKS[type(config)](config)
         self.can_plan = self.backbone.can_plan
         self.norm_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.d_model, rows, bias=False)
@@ -110,10 +118,13 @@ class LM(FusedStep):
 
     def _tie(self) -> None:
         """Make embedding and head one parameter again, where they should be."""
-        if self.tie_embeddings:
+        if not self.tie_embeddings:
+            return
+        # Nothing to do, or nothing that could be assigned, where an adapter wraps the head.
+        if self.lm_head.weight is not self.embedding.weight:
             self.lm_head.weight = self.embedding.weight
-            if self.quantized is not None:
-                self.lm_head.scale = self.embedding.scale
+        if self.quantized is not None:
+            self.lm_head.scale = self.embedding.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LM":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -140,6 +151,7 @@ class LM(FusedStep):
             raise ConfigError(f"kind={kind!r} must be one of {', '.join(QUANTIZED)}")
         if self.quantized is not None:
             raise ConfigError(f"the model is in {self.quantized} already; load it anew")
+        self._check_unchanged("quantised")
         for module in list(self.modules()):
             for name, layer in module.named_children():
                 if is_plain(layer, nn.Linear):
@@ -183,6 +195,34 @@ class LM(FusedStep):
         ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
         hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
         return ragged.restore(self._head(hidden))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
+    ) -> Tensor:
+        """What the head sees, (b, l, d_model): features for other tasks, see heads.py.
+
+        The arguments are those of `forward`.
+        """
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
+        hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
+        return ragged.restore(self.norm_f(hidden))
+
+    def prefill_hidden(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        *,
+        mask: Tensor | None = None,
+        dt_scale: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """`hidden` from a state on, and the state it leaves; see `prefill`."""
+        ragged = self._layout(tokens, 2, mask, None, dt_scale)
+        hidden, state = self.backbone.run_from(self._embed(ragged.pack(tokens)), state, ragged)
+        return ragged.restore(self.norm_f(hidden)), state
 
     def prefill(
         self,
@@ -293,55 +333,116 @@ class LM(FusedStep):
         """Continue one prompt, piece by piece; see `generation.stream_text`."""
         return generation.stream_text(self, tokenizer, prompt, **options)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `model.safetensors` and `config.json`; see `checkpoints.save`.
-
-        Raises:
-            CheckpointError: a file could not be written; the earlier one is still there.
-        """
-        config = {
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "tie_embeddings": self.tie_embeddings,
-            "pad_vocab_size_multiple": self.pad_vocab_size_multiple,
-            "config": self.config.to_dict(),
-        }
-        if self.quantized is not None:
-            config["quantized"] = self.quantized
-        weights = self.state_dict()
-        if self.tie_embeddings:
-            weights = {k: T for k, T in weights.items() if not k.startswith("lm_head.")}
-        checkpoints.save(directory, config, weights)
+    def architecture(self) -> checkpoints.Architecture:
+        """What this model is, apart from its numbers: what a checkpoint's config.json says."""
+        return checkpoints.Architecture(
+            self.config,
+            self.vocab_size,
+            self.tie_embeddings,
+            self.pad_vocab_size_multiple,
+            self.quantized,
+        )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: str = "cpu") -> "LM":
-        """The model that `save_pretrained` wrote, in eval mode, every tensor as in the file.
+    def from_architecture(cls, architecture: checkpoints.Architecture) -> "LM":
+        """A new model of that architecture."""
+        model = cls(
+            architecture.config,
+            architecture.vocab_size,
+            tie_embeddings=architecture.tie_embeddings,
+            pad_vocab_size_multiple=architecture.pad_vocab_size_multiple,
+        )
+        return model if architecture.quantized is None else model.quantize(architecture.quantized)
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Every tensor that a checkpoint has: a tied head is the embedding, and left out."""
+        tensors = self.state_dict().items()
+        return {n: T for n, T in tensors if not (self.tie_embeddings and n.startswith("lm_head."))}
+
+    def save_pretrained(self, directory: str | Path, format: str = "mambapy") -> None:
+        """Write the weights and config.json to a folder.
+
+        Args:
+            directory: made if it is missing.
+            format: "mambapy", our own; "official", which the papers' code loads; or "hf", which
+                transformers loads.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged or foreign, or a tensor is missing,
-                unexpected or of another shape.
+            CheckpointError: the format cannot express this model, the model has parts that no
+                checkpoint has (an adapter that is not merged, a head no longer tied), or a file
+                could not be written; the earlier one is then still there.
         """
-        found = checkpoints.load(directory, device)
-        values = dict(found.config)
-        model_type = values.pop("model_type", None)
-        if model_type not in STACKS:
-            known = ", ".join(STACKS)
-            raise CheckpointError(f"{directory}: model_type={model_type!r} is not one of {known}")
-        try:
-            config = STACKS[model_type][0].from_dict(values.pop("config"))
-            kind = values.pop("quantized", None)
-            with torch.device("meta"):
-                model = cls(config, values.pop("vocab_size"), **values)
-                if kind is not None:
-                    model.quantize(kind)
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
-            raise CheckpointError(f"{directory}: config.json does not fit: {error}") from error
-        weights = dict(found.weights)
-        for name in ("weight", "scale"):
-            if model.tie_embeddings and f"embedding.{name}" in weights:
-                weights.setdefault(f"lm_head.{name}", weights[f"embedding.{name}"])
-        checkpoints.check_names(directory, weights, model.state_dict())
-        model.load_state_dict(weights, assign=True)
+        self._check_unchanged("saved")
+        checkpoints.save(directory, self.architecture(), self.own_weights(), format)
+
+    def _check_unchanged(self, verb: str) -> None:
+        """Raise where somebody has put in layers that `LM` does not know, or untied the head."""
+        with torch.device("meta"):
+            expected = LM.from_architecture(self.architecture()).state_dict()
+        if foreign := sorted(set(self.state_dict()) ^ set(expected)):
+            raise CheckpointError(
+                f"the model cannot be {verb}: it has other layers than its configuration says "
+                f"({foreign[0]}); merge or unload adapters first"
+            )
+        if self.tie_embeddings and self.lm_head.weight is not self.embedding.weight:
+            raise CheckpointError(
+                f"the model cannot be {verb}: its head is tied to the embedding by its "
+                "configuration, and is a matrix of its own by now; make it with "
+                "tie_embeddings=False"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_dir: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> "LM":
+        """A trained model, in eval mode, every tensor as in the file.
+
+        Takes what `save_pretrained` wrote, the papers' checkpoints (Mamba-1, Mamba-2, Mamba-3 and
+        hybrids with attention), and those of transformers (mamba, mamba2, falcon_mamba, bamba) and
+        of Mistral (Codestral Mamba). Each tensor goes from the file straight to where it belongs;
+        on a CPU, in its own dtype, it stays mapped from the file, which must therefore not be
+        changed in place.
+
+        Args:
+            name_or_dir: a folder, or a name on the Hugging Face hub ("state-spaces/mamba-130m"),
+                which is looked for in the local cache before it is downloaded.
+            dtype: of the weights; the file's without it. A_log, D, dt_bias and their like are in
+                float32 or wider all the same.
+            device: where to put them; the CPU without it.
+            revision: a branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: the checkpoint is nowhere, damaged or of an unknown format; its
+                configuration has a key that is not understood; a tensor is missing, unexpected or
+                of another shape.
+        """
+        found = checkpoints.open_checkpoint(checkpoints.find(name_or_dir, revision))
+        if dtype is not None and found.architecture.quantized:
+            raise CheckpointError(
+                f"{name_or_dir} is in {found.architecture.quantized}; dtype must be None for it"
+            )
+        with torch.device("meta"):
+            model = cls.from_architecture(found.architecture)
+        expected = model.own_weights()
+        found.check({name: tuple(T.shape) for name, T in expected.items()})
+        kept_wide = wide_names(model)
+        device = torch.device("cpu" if device is None else device)
+        weights = {}
+        for name in expected:
+            T = found.read(name)
+            wanted = T.dtype if dtype is None or not T.is_floating_point() else dtype
+            weights[name] = T.to(device, wide(wanted) if name in kept_wide else wanted)
+        tied = {
+            name.replace("embedding.", "lm_head."): T
+            for name, T in weights.items()
+            if model.tie_embeddings and name.startswith("embedding.")
+        }
+        model.load_state_dict({**weights, **tied}, assign=True)
         model._tie()
         return model.eval()
 
@@ -387,6 +488,12 @@ class LM(FusedStep):
 MambaLM = LM
 
 
-def from_pretrained(directory: str | Path, *, device: str = "cpu") -> LM:
-    """A trained language model from a folder; see `LM.from_pretrained`."""
-    return LM.from_pretrained(directory, device=device)
+def from_pretrained(
+    name_or_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> LM:
+    """A trained language model; see `LM.from_pretrained`."""
+    return LM.from_pretrained(name_or_dir, dtype=dtype, device=device, revision=revision)

@@ -1,9 +1,25 @@
-"""Files of trained models: find them, read them into (config, weights), write them safely.
+"""Files of trained models: find them, read them into (architecture, weights), write them safely.
 
-Nothing here builds a model. Every key that does not match is an error.
+Nothing here builds a model. Every key of a config.json and every tensor that does not match is an
+error.
+
+    hub.py          find: a name -> a folder
+    formats/        how each format's config.json and names translate to ours, and back
+    tensors.py      files of tensors, whole or in shards
+    checkpoint.py   open_checkpoint, save: all of it together
 """
 
+from mambapy.checkpoints.architecture import Architecture
+from mambapy.checkpoints.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint, save
 from mambapy.checkpoints.files import atomic_write
-from mambapy.checkpoints.native import Checkpoint, check_names, load, save
+from mambapy.checkpoints.hub import find
 
-__all__ = ["Checkpoint", "atomic_write", "check_names", "load", "save"]
+__all__ = [
+    "Architecture",
+    "Checkpoint",
+    "atomic_write",
+    "copy_tokenizer",
+    "find",
+    "open_checkpoint",
+    "save",
+]

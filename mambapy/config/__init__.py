@@ -18,8 +18,17 @@ from mambapy.config.mixers import (
 )
 from mambapy.config.stack import BACKENDS, StackConfig
 
+# What our config.json calls each kind of stack.
+MODEL_TYPES: dict[str, type[StackConfig]] = {
+    "mamba": MambaConfig,
+    "mamba2": Mamba2Config,
+    "mamba3": Mamba3Config,
+    "hybrid": HybridConfig,
+}
+
 __all__ = [
     "BACKENDS",
+    "MODEL_TYPES",
     "AttentionConfig",
     "HeadsConfig",
     "HybridConfig",

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mambapy.config import MODEL_TYPES
 from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
-from mambapy.lm import LM, STACKS
+from mambapy.lm import LM
 from mambapy.optim import make_optimizer
 from mambapy.tokenizer import (
     BYTE_FILE,
@@ -142,7 +143,7 @@ def _new_run(
 ) -> state.Run:
     """A model with its initial weights, and its optimiser, at step 0."""
     torch.manual_seed(config.seed)
-    architecture = STACKS[config.model][0](**config.sizes, backend=config.backend)
+    architecture = MODEL_TYPES[config.model](**config.sizes, backend=config.backend)
     model = LM(architecture, vocab_size, tie_embeddings=config.tie_embeddings).to(device)
     model.gradient_checkpointing = config.checkpointing == "block"
     optimizer = make_optimizer(

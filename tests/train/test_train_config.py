@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from mambapy.config import Mamba2Config, Mamba3Config, MambaConfig, StackConfig
+from mambapy.config import MODEL_TYPES, Mamba2Config, Mamba3Config, MambaConfig, StackConfig
 from mambapy.errors import ConfigError
-from mambapy.lm import STACKS
 from mambapy.train.config import DEFAULT_MINUTES, TrainConfig
 
 
@@ -72,7 +71,7 @@ def test_impossible_value_raises(values: dict[str, Any], message: str) -> None:
 )
 def test_sizes_of_an_architecture(values: dict[str, Any], expected: StackConfig) -> None:
     config = TrainConfig(**values)
-    assert STACKS[config.model][0](**config.sizes) == expected
+    assert MODEL_TYPES[config.model](**config.sizes) == expected
 
 
 def test_length_of_the_run() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import ops
-from mambapy.config import StackConfig
+from mambapy.config import MODEL_TYPES, StackConfig
 from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
 
@@ -37,7 +37,8 @@ def scan_facts(*inputs: Tensor) -> dict[str, str]:
 
 def block(sizes: Sizes, options: Options) -> nn.Module:
     """One mixer."""
-    model = STACKS[options.get("model", "mamba")][1](_config(sizes, options))
+    config = _config(sizes, options)
+    model = STACKS[type(config)](config)
     return model.layers[0].mixer
 
 
@@ -85,4 +86,4 @@ def _config(sizes: Sizes, options: Options) -> StackConfig:
     }
     if "d_head" in sizes:
         values["d_head"] = sizes["d_head"]
-    return STACKS[options.get("model", "mamba")][0](**values)
+    return MODEL_TYPES[options.get("model", "mamba")](**values)

@@ -1,0 +1,58 @@
+"""From one format of checkpoints to another, tensor by tensor: nothing is rounded or drawn."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambapy import checkpoints
+from mambapy.lm import LM
+
+
+def convert(
+    source: str | Path, target: str | Path, format: str, *, revision: str | None = None
+) -> list[Path]:
+    """Write a checkpoint again in another format, with its tokenizer's files.
+
+    Every tensor keeps its dtype and its bits. No model is made: tensors go from file to file, so
+    that the memory it takes is about that of one shard, 5 GB at most.
+
+    Args:
+        source: a folder, or a name on the Hugging Face hub.
+        target: the folder to write; made if it is missing.
+        format: "mambapy", "official" or "hf".
+        revision: a branch, tag or commit on the hub.
+
+    Returns:
+        The files of the new checkpoint.
+
+    Raises:
+        CheckpointError: the source is nowhere, damaged or unknown, the format cannot express it,
+            or the target holds a checkpoint of another format or cannot be written.
+    """
+    found = checkpoints.open_checkpoint(checkpoints.find(source, revision))
+    with torch.device("meta"):
+        expected = LM.from_architecture(found.architecture).own_weights()
+    found.check({name: tuple(T.shape) for name, T in expected.items()})
+    target = Path(target)
+    weights = _Weights(found, list(expected))
+    checkpoints.save(target, found.architecture, weights, format, token_ids=found.token_ids)
+    checkpoints.copy_tokenizer(found.directory, target)
+    return sorted(path for path in target.iterdir() if path.is_file())
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A checkpoint's tensors by our names, each read when it is asked for."""
+
+    def __init__(self, source: checkpoints.Checkpoint, names: list[str]) -> None:
+        self._source, self._names = source, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
