@@ -56,7 +56,9 @@ class HuggingFace(Format):
             "d_model": values.take("hidden_size", self.defaults["hidden_size"]),
             "base_std": values.take("initializer_range", self.defaults["initializer_range"]),
             **steps,
-            **extra.given(residual_in_fp32="residual_in_fp32"),
+            "residual_in_fp32": values.take("residual_in_fp32", self.defaults["in_fp32"]),
+            "rescale_out_proj": values.take("rescale_prenorm_residual", False),
+            **extra.given(residual_in_fp32="residual_in_fp32", rescale_out_proj="rescale_out_proj"),
         }
         rows = values.take("vocab_size", self.defaults["vocab_size"])
         model = {
@@ -87,6 +89,9 @@ class HuggingFace(Format):
             "mambapy": {
                 "vocab_size": architecture.vocab_size,
                 "pad_vocab_size_multiple": architecture.pad_vocab_size_multiple,
+                # Under their own key, rescale_prenorm_residual, transformers (5.24) would divide
+                # out_proj after loading it.
+                "rescale_out_proj": config.rescale_out_proj,
             },
         }
 
@@ -112,6 +117,7 @@ class HFMamba(HuggingFace):
         "vocab_size": 50280,
         "num_hidden_layers": 32,
         "tie": True,
+        "in_fp32": True,
     }
 
     def read(self, values: Keys) -> Architecture:
@@ -133,8 +139,6 @@ class HFMamba(HuggingFace):
             bias=values.take("use_bias", False),
             conv_bias=values.take("use_conv_bias", True),
             rms_norm_eps=values.take("layer_norm_epsilon", 1e-5),
-            residual_in_fp32=values.take("residual_in_fp32", True),
-            rescale_out_proj=values.take("rescale_prenorm_residual", False),
             inner_norm=self.inner_norm,
         )
         values.finish()
@@ -155,7 +159,6 @@ class HFMamba(HuggingFace):
             "use_conv_bias": config.conv_bias,
             "layer_norm_epsilon": config.rms_norm_eps,
             "residual_in_fp32": config.residual_in_fp32,
-            "rescale_prenorm_residual": config.rescale_out_proj,
             "time_step_rank": config.rank,
             "time_step_scale": config.dt_scale,
             "time_step_init_scheme": config.dt_init,
@@ -183,6 +186,7 @@ class HFMamba2(HuggingFace):
         "vocab_size": 32768,
         "num_hidden_layers": 64,
         "tie": False,
+        "in_fp32": True,
     }
 
     def read(self, values: Keys) -> Architecture:
@@ -204,8 +208,6 @@ class HFMamba2(HuggingFace):
             bias=values.take("use_bias", False),
             conv_bias=values.take("use_conv_bias", True),
             rms_norm_eps=values.take("layer_norm_epsilon", 1e-5),
-            residual_in_fp32=values.take("residual_in_fp32", True),
-            rescale_out_proj=values.take("rescale_prenorm_residual", False),
         )
         values.finish()
         if config.n_heads != heads:
@@ -232,7 +234,6 @@ class HFMamba2(HuggingFace):
             "use_conv_bias": config.conv_bias,
             "layer_norm_epsilon": config.rms_norm_eps,
             "residual_in_fp32": config.residual_in_fp32,
-            "rescale_prenorm_residual": config.rescale_out_proj,
             "time_step_min": config.dt_min,
             "time_step_max": config.dt_max,
             "time_step_floor": config.dt_init_floor,
@@ -249,6 +250,7 @@ class HFBamba(HuggingFace):
         "vocab_size": 128000,
         "num_hidden_layers": 32,
         "tie": False,
+        "in_fp32": False,
     }
 
     def read(self, values: Keys) -> Architecture:
@@ -293,7 +295,6 @@ class HFBamba(HuggingFace):
         kinds = ["attention" if i in chosen else "mamba2" for i in range(n_layers)]
         mixers: dict[str, Any] = {"mamba2": mamba2} if "mamba2" in kinds else {}
         mixers |= {"attention": attention} if chosen else {}
-        stack = {"residual_in_fp32": False, **stack}
         config = HybridConfig(
             **stack,
             **mixers,
