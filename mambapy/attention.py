@@ -20,7 +20,7 @@ from mambapy import ops
 from mambapy.block import Mixer
 from mambapy.config import AttentionConfig
 from mambapy.errors import ShapeError
-from mambapy.layers import QuantizedLinear, wide, widen
+from mambapy.layers import QuantizedLinear, taps, wide, widen
 from mambapy.ops.dispatch import is_traced
 from mambapy.ragged import Ragged
 from mambapy.state import AttentionState
@@ -90,7 +90,8 @@ class Attention(Mixer[AttentionState]):
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """The shapes of `AttentionState` before the first token."""
         config = self.config
-        k, channels = config.d_conv, self.conv1d.in_channels if self.conv1d is not None else 0
+        heads = config.n_heads + 2 * config.kv_heads
+        k, channels = config.d_conv, heads * config.head_channels if config.d_conv else 0
         empty = (batch_size, 0, config.kv_heads, config.head_channels)
         return {
             "conv": (batch_size, max(k - 1, 0), channels),
@@ -199,8 +200,7 @@ class Attention(Mixer[AttentionState]):
         )
         qkv = ops.causal_conv1d(
             qkv,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            *taps(self.conv1d),
             state=state.conv,
             seq_idx=ragged.seq_idx,
             backend="reference" if self.config.backend == "reference" else "auto",

@@ -35,18 +35,26 @@ class SeriesModel(nn.Module):
         d_input: numbers at each time, >= 1; without it they are d_model, and go in as they are.
 
     Raises:
-        ConfigError: d_input is no positive integer.
+        ConfigError: d_input is no positive integer, or core is neither.
     """
 
     def __init__(self, core: StackConfig | Stack, d_input: int | None = None) -> None:
         super().__init__()
-        if d_input is not None and (not isinstance(d_input, int) or d_input < 1):
+        wrong = isinstance(d_input, bool) or not isinstance(d_input, int) or d_input < 1
+        if d_input is not None and wrong:
             raise ConfigError(f"d_input={d_input!r} must be an integer >= 1")
+        if not isinstance(core, Stack) and type(core) not in STACKS:
+            known = ", ".join(kind.__name__ for kind in STACKS)
+            raise ConfigError(f"core must be a stack or one of {known}, got {type(core).__name__}")
         self.backbone = core if isinstance(core, Stack) else STACKS[type(core)](core)
         self.config = self.backbone.config
         d = self.config.d_model
         self.in_proj = None if d_input is None else nn.Linear(d_input, d)
         self.norm_f = RMSNorm(d, self.config.rms_norm_eps)
+        like = self.backbone.layers[0].norm.weight
+        for part in (self.in_proj, self.norm_f):
+            if part is not None:
+                part.to(like.device, like.dtype)
 
     def forward(
         self,
@@ -68,7 +76,9 @@ class SeriesModel(nn.Module):
             (b, l, d_model).
         """
         return self.norm_f(
-            self.backbone(self._enter(x, mask), mask=mask, seq_idx=seq_idx, dt_scale=dt_scale)
+            self.backbone(
+                self._enter(x, 3, mask, seq_idx), mask=mask, seq_idx=seq_idx, dt_scale=dt_scale
+            )
         )
 
     hidden = forward
@@ -82,7 +92,7 @@ class SeriesModel(nn.Module):
         dt_scale: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """`forward` from a state on, and the state it leaves; see `Stack.prefill`."""
-        x = self._enter(x, mask)
+        x = self._enter(x, 3, mask)
         y, state = self.backbone.prefill(x, state, mask=mask, dt_scale=dt_scale)
         return self.norm_f(y), state
 
@@ -92,23 +102,29 @@ class SeriesModel(nn.Module):
         self, x: Tensor, state: ModelState, dt_scale: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """One time of each series, (b, d_input) -> (b, d_model); see `Stack.step`."""
-        y, state = self.backbone.step(self._enter(x, None), state, dt_scale)
+        y, state = self.backbone.step(self._enter(x, 2), state, dt_scale)
         return self.norm_f(y), state
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first time."""
         return self.backbone.init_state(batch_size)
 
-    def _enter(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _enter(
+        self, x: Tensor, dims: int, mask: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
         """x as the stack takes it; padding may hold anything, NaN too."""
         if self.in_proj is None:
             return x
-        d = self.in_proj.in_features
-        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[-1] != d:
+        d, shape = self.in_proj.in_features, "(b, l, d_input)" if dims == 3 else "(b, d_input)"
+        if not isinstance(x, Tensor) or x.dim() != dims or x.shape[-1] != d:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ShapeError(f"x must be (b, l, d_input) with d_input = {d}, got {got}")
-        if mask is not None and mask.shape == x.shape[:2]:
-            x = torch.where(mask[:, :, None], x, 0)
+            raise ShapeError(f"x must be {shape} with d_input = {d}, got {got}")
+        if not x.is_floating_point():
+            raise ShapeError(f"x must be floating point, got {x.dtype}")
+        # The stack checks both, and clears padding itself; but in_proj's gradient would see it.
+        for real in (mask, None if seq_idx is None else seq_idx >= 0):
+            if real is not None and real.shape == x.shape[:2] and real.dtype == torch.bool:
+                x = torch.where(real[:, :, None], x, 0)
         return self.in_proj(x)
 
 
@@ -123,6 +139,11 @@ class _Head(nn.Module):
             raise ConfigError(f"the number of outputs, {n_outputs!r}, must be an integer >= 1")
         if pooling not in POOLINGS:
             raise ConfigError(f"pooling={pooling!r} must be one of {', '.join(POOLINGS)}")
+        # Not by its kind: an LM may be wrapped, by an adapter for instance.
+        if not isinstance(core, Stack) and not hasattr(core, "prefill_hidden"):
+            raise ConfigError(
+                f"core must be an LM, a SeriesModel or a stack, got {type(core).__name__}"
+            )
         self.core = SeriesModel(core) if isinstance(core, Stack) else core
         self.pooling = pooling
         size = self.core.config.d_model
@@ -208,7 +229,8 @@ class SequenceClassifier(_Head):
             ShapeError: an argument does not fit, or a row has no real token.
         """
         looked_at = mask is not None and mask.device.type == "cpu" and not is_traced()
-        if mask is not None and looked_at and not bool(mask.any(dim=1).all()):
+        # A mask of another shape is the core's to refuse.
+        if mask is not None and looked_at and mask.dim() == 2 and not bool(mask.any(dim=1).all()):
             raise ShapeError("every row of mask needs at least one real token")
         if self.pooling == "state":
             _, state = self.core.prefill_hidden(x, mask=mask, dt_scale=dt_scale)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mambapy import ops
+from mambapy.errors import ConfigError
 from mambapy.init import init_dt_bias, init_dt_weight
 from mambapy.ops.dispatch import is_traced
 
@@ -181,6 +182,20 @@ def is_plain(layer: nn.Module, kind: type[K]) -> TypeGuard[K]:
     """
     patched = "forward" in layer.__dict__
     return type(layer) is kind and not patched and not any(hook_tables(layer))
+
+
+def taps(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight (e, k) and bias (e) of a depthwise convolution.
+
+    Raises:
+        ConfigError: it is wrapped, by an adapter for instance, which would not be called.
+    """
+    if not isinstance(conv, nn.Conv1d):
+        raise ConfigError(
+            f"the convolution is a {type(conv).__name__}, which is never called: its weights are "
+            "read. Leave conv1d out, and adapt in_proj, x_proj, dt_proj or out_proj"
+        )
+    return conv.weight[:, 0], conv.bias
 
 
 def hook_tables(layer: nn.Module) -> tuple[Sized, ...]:

@@ -36,6 +36,7 @@ from mambapy.layers import (
     is_plain,
     may_overwrite,
     product,
+    taps,
     widen,
 )
 from mambapy.ragged import Ragged, stretch
@@ -130,8 +131,7 @@ class MambaBlock(Mixer[SSMState]):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e)
         x, conv = ops.causal_conv1d_step(
             x,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            *taps(self.conv1d),
             state=state.conv,
             activation="silu",
             backend=self._plain_backend,
@@ -193,8 +193,7 @@ class MambaBlock(Mixer[SSMState]):
             )
         x = ops.causal_conv1d(
             x,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            *taps(self.conv1d),
             activation="silu",
             state=None if state is None else state.conv,
             seq_idx=ragged.seq_idx,

@@ -28,7 +28,7 @@ from mambapy import ops
 from mambapy.block import Mixer
 from mambapy.config import Mamba2Config
 from mambapy.init import init_A_log_uniform, init_dt_bias
-from mambapy.layers import GatedRMSNorm, is_plain, may_overwrite, product, widen
+from mambapy.layers import GatedRMSNorm, is_plain, may_overwrite, product, taps, widen
 from mambapy.ragged import Ragged, stretch
 from mambapy.stack import Stack
 from mambapy.state import Mamba2State
@@ -127,8 +127,7 @@ class Mamba2Block(Mixer[Mamba2State]):
         gate, value, z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)
         xBC, conv = ops.causal_conv1d_step(
             xBC,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            *taps(self.conv1d),
             state=state.conv,
             activation="silu",
             backend=self._plain_backend,
@@ -203,8 +202,7 @@ class Mamba2Block(Mixer[Mamba2State]):
             state = self.init_state(x.shape[0])
         xBC = ops.causal_conv1d(
             xBC,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
+            *taps(self.conv1d),
             activation="silu",
             state=None if state is None else state.conv,
             seq_idx=ragged.seq_idx,

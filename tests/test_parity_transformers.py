@@ -7,6 +7,7 @@ import torch
 
 from mambapy.config import Mamba2Config, MambaConfig
 from mambapy.lm import LM
+from mambapy.pscan import pscan
 from tests.helpers import assert_near
 
 transformers = pytest.importorskip("transformers")
@@ -121,12 +122,26 @@ def assert_same(ours, theirs, tokens):
         assert_near(P.grad, grads[other], 2e-5)
 
 
-def test_transformers_runs_on_our_pscan():
-    """`use_mambapy=True` imports `mambapy.pscan`."""
+@pytest.mark.parametrize(
+    ("family", "option"), [("Mamba", "use_mambapy"), ("FalconMamba", "use_falcon_mambapy")]
+)
+def test_transformers_runs_on_our_pscan(family, option, monkeypatch):
+    """`use_mambapy=True` imports `mambapy.pscan`, in training; so its gradients are compared."""
     torch.manual_seed(0)
-    config = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config, use_mambapy=True))
-    plain = transformers.MambaForCausalLM(transformers.MambaConfig(**config))
-    plain.load_state_dict(model.state_dict())
+    config, model = (getattr(transformers, f"{family}{kind}") for kind in ("Config", "ForCausalLM"))
+    sizes = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    ours = model(config(**sizes, **{option: True}))
+    plain = model(config(**sizes))
+    perturb(plain)
+    ours.load_state_dict(plain.state_dict())
+    calls = []
+    monkeypatch.setattr("mambapy.pscan.pscan", lambda *a: calls.append(1) or pscan(*a))
     tokens = torch.randint(24, (2, 11))
-    assert_near(model(tokens).logits, plain(tokens, use_cache=False).logits, 1e-5)
+    results = []
+    for each in (ours, plain):
+        each.train()
+        logits = each(tokens, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append({"logits": logits} | {n: P.grad for n, P in each.named_parameters()})
+    assert_near(results[0], results[1], 2e-5)
+    assert len(calls) == 2

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mambapy.errors import CheckpointError, ConfigError
 from mambapy.generation import generate_tokens
 from mambapy.layers import DtProjection
-from mambapy.lm import LM, Mamba2Config, Mamba3Config, MambaConfig
+from mambapy.lm import LM, HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
 from tests.helpers import assert_near
 
 peft = pytest.importorskip("peft")
@@ -29,6 +30,14 @@ CONFIGS = {
     "mamba2 mlp": Mamba2Config(**HEADS, n_groups=2, d_ssm=16, d_intermediate=12),
     "mamba3 mlp": Mamba3Config(**HEADS, d_intermediate=12),
     "mamba3 mimo": Mamba3Config(**HEADS, mimo_rank=2, outproj_norm=True),
+    "hybrid": HybridConfig(
+        d_model=16,
+        layers=("attention+mlp", "mamba2+mlp"),
+        d_intermediate=12,
+        mlp_multiple_of=4,
+        attention={"n_heads": 2, "rotary_dim": 4, "d_conv": 3},
+        mamba2={"d_head": 8, "d_state": 4},
+    ),
 }
 # Where a step without gradients is one launch, which reads weights instead of calling layers.
 FUSED = ("mamba", "mamba2")
@@ -337,3 +346,35 @@ def test_adapter_is_saved_and_loaded(name, tmp_path):
     loaded = peft.PeftModel.from_pretrained(make(name), tmp_path)
     with torch.no_grad():
         assert_near(outputs(loaded), outputs(model), 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "hybrid"])
+def test_the_convolution_takes_no_adapter(name):  # trap 63
+    """It would change nothing until it is merged; so it is refused."""
+    lm = make(name)
+    channels = [m.in_channels for m in lm.modules() if isinstance(m, nn.Conv1d)]
+    model = peft.get_peft_model(
+        lm, peft.LoraConfig(r=channels[0], target_modules=["layers.0.mixer.conv1d"])
+    )
+    with pytest.raises(ConfigError, match="Leave conv1d out, and adapt in_proj"):
+        model(some_tokens())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tied_head_with_an_adapter_can_be_moved():
+    lm = make("mamba")
+    model = peft.get_peft_model(lm, lora_config("all-linear")).to("cpu").to(torch.float64)
+    assert lm.lm_head.weight is lm.embedding.weight
+    assert model(some_tokens()).dtype == torch.float64
+
+
+def test_what_is_saved_and_quantised_has_no_adapter(tmp_path):
+    lm = make("mamba")
+    model = adapt(lm)
+    with pytest.raises(CheckpointError, match="merge or unload adapters first"):
+        lm.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="merge or unload adapters first"):
+        lm.quantize("int8")
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert LM.from_pretrained(tmp_path).config == lm.config

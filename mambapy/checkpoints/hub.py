@@ -1,5 +1,6 @@
 """Where a checkpoint is: a folder here, the Hugging Face cache, or the hub itself."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,9 @@ def find(name: str | Path, revision: str | None = None) -> Path:
             f"there is no folder {name}; to look for that name on the Hugging Face hub, "
             "pip install 'mambapy[hub]'"
         ) from error
-    options: dict[str, Any] = {"repo_id": str(name), "revision": revision}
-    try:
-        cached = Path(snapshot_download(**options, local_files_only=True))
-    except (OSError, ValueError):  # it is not in the cache
-        cached = None
-    if cached is not None and any(any(cached.glob(pattern)) for pattern in _WEIGHTS):
+    if (cached := _in_cache(str(name), revision)) is not None:
         return cached
+    options: dict[str, Any] = {"repo_id": str(name), "revision": revision}
     try:
         return Path(snapshot_download(**options, allow_patterns=_SMALL + _wanted(**options)))
     except Exception as error:  # huggingface_hub's, its HTTP library's and the system's
@@ -50,6 +47,29 @@ def find(name: str | Path, revision: str | None = None) -> Path:
             f"{name!r} was found nowhere: there is no folder of that name, it is not in the "
             f"Hugging Face cache {constants.HF_HUB_CACHE}, and the hub gave: {reason}"
         ) from error
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """The folder in the Hugging Face cache, if all of a checkpoint is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for config in ("config.json", "params.json"):
+        path = try_to_load_from_cache(name, config, revision=revision)
+        if not isinstance(path, str):
+            continue
+        folder = Path(path).parent
+        indices = list(folder.glob("*.index.json"))
+        wanted = {shard for index in indices for shard in _shards(index)}
+        if any(any(folder.glob(pattern)) for pattern in _WEIGHTS) and all(
+            (folder / shard).is_file() for shard in wanted
+        ):
+            return folder
+    return None
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index of shards names."""
+    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
 
 
 def _wanted(repo_id: str, revision: str | None) -> list[str]:
