@@ -92,6 +92,8 @@ class RMSNorm(nn.Module):
 class UnscaledRMSNorm(nn.Module):
     """RMSNorm without a scale: it has no parameters."""
 
+    weight = None
+
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps

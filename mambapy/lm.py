@@ -333,6 +333,11 @@ class LM(FusedStep):
         """Continue one prompt, piece by piece; see `generation.stream_text`."""
         return generation.stream_text(self, tokenizer, prompt, **options)
 
+    @property
+    def model_type(self) -> str:
+        """What our config.json calls the stack: "mamba", "mamba2", "mamba3" or "hybrid"."""
+        return self.architecture().model_type
+
     def architecture(self) -> checkpoints.Architecture:
         """What this model is, apart from its numbers: what a checkpoint's config.json says."""
         return checkpoints.Architecture(

@@ -19,7 +19,7 @@ Three ways through each class: `forward` for whole sequences, `prefill` for a se
 from a state and leaves one, `step` for a single token. They give the same numbers.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -161,12 +161,18 @@ class MambaBlock(Mixer[SSMState]):
             return False
         if type(self) is not MambaBlock or not is_plain(self.conv1d, nn.Conv1d):
             return False
-        if self.config.inner_norm != "none":
-            return False
         e, n, R = self.config.d_inner, self.config.d_state, self.config.rank
         x, z = plan.linear(x, in_proj, "in_proj").split(e, e)
         x = plan.conv(x, self.conv1d.weight, self.conv1d.bias, silu=True)
         low, B, C = plan.linear(x, x_proj, "x_proj").split(R, n, n)
+        norms: list[Any] = [self.dt_layernorm, self.b_layernorm, self.c_layernorm]
+        if norms[0] is not None:
+            if not all(is_plain(N, RMSNorm) or is_plain(N, UnscaledRMSNorm) for N in norms):
+                return False
+            low, B, C = (
+                plan.norm(T, N.weight, N.eps, room)
+                for T, N, room in zip((low, B, C), norms, ("low", "B", "C"), strict=True)
+            )
         dt = plan.linear(low, dt_proj, "dt")
         y = plan.scan(x, dt, self.A_log, B, C, self.D, z, dt_softplus=True, A_is_log=True)
         plan.linear(y, out_proj, add_to=residual)

@@ -91,7 +91,7 @@ def test_help_and_version_load_no_torch() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "required: train | generate | bench | info"),
+        ([], "required: train | generate | convert | bench | info"),
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--stpes", "3"], "unrecognized arguments: --stpes 3"),
         (["train", "--step", "3"], "unrecognized arguments: --step 3"),
@@ -104,9 +104,12 @@ def test_help_and_version_load_no_torch() -> None:
         (["train", "--resume", "--out", "OUT"], "holds no run to resume"),
         (["train", "--resume", "--config", "x"], "give flags, not --config"),
         (["train", "--tokenizer", "gone.json", "--out", "OUT"], "gone.json"),
-        (["generate"], "required: RUN_OR_CHECKPOINT"),
-        (["generate", "gone", "--prompt", "x"], "gone: no such run folder or checkpoint"),
+        (["generate"], "required: MODEL"),
+        (["generate", "./gone", "--prompt", "x"], "there is no folder ./gone, and no such name"),
         (["generate", "gone", "--seed", "-1"], "argument --seed: -1 must be an integer from 0"),
+        (["convert", "a"], "the following arguments are required: DST, --format"),
+        (["convert", "a", "b", "--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
+        (["convert", "./gone", "OUT", "--format", "hf"], "there is no folder ./gone"),
         (["bench"], "required: scan | block | heads | train | decode | plot"),
         (["bench", "block", "--threads", "0"], "--threads 0 must be at least 1"),
         (["bench", "plot", "--results", "OUT"], "no such folder"),
@@ -283,3 +286,24 @@ def test_info(capsys: Any) -> None:
     rows = [row for row in facts["backends"]["cpu"] if row["op"] == "selective_scan"]
     assert sum(row["chosen"] for row in rows) == 1
     assert all(row["reason"] for row in rows if not row["usable"])
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: Any) -> None:
+    from mambapy.lm import LM, MambaConfig
+
+    lm = LM(MambaConfig(d_model=8, n_layers=1), 257)
+    lm.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.byte").write_text("bytes")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["convert", a, b, "--format", "official"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("config.json", "pytorch_model.bin", "tokenizer.byte"):
+        assert f"bytes  {tmp_path / 'b' / name}" in printed
+    assert main(["convert", b, c, "--format", "hf", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["target"] == c
+    assert set(result["files"]) == {"config.json", "model.safetensors", "tokenizer.byte"}
+    assert "holds a checkpoint in the format 'hf'" in fails(
+        capsys, "convert", a, c, "--format", "official"
+    )
+    assert main(["generate", c, "--prompt", "x", "--num-tokens", "3", "--dtype", "bfloat16"]) == 0

@@ -72,6 +72,8 @@ def test_equals_op_by_op_in_every_dtype(dtype, batch):
         {"d_state": 1},
         {"d_state": 64},
         {"d_model": 160, "expand": 2},
+        {"inner_norm": "plain"},
+        {"inner_norm": "learned", "d_state": 5, "dt_rank": 3},
     ],
     ids=str,
 )
@@ -304,3 +306,11 @@ def test_more_rows_than_it_is_for():
         logits, _ = lm.step(torch.arange(9), state)
     assert lm._planned is None
     assert_near(logits, plain_step(lm, torch.arange(9), state)[0], 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "learned"])
+def test_an_inner_norm_that_is_another_layer_is_called(kind):
+    lm = model(inner_norm=kind)
+    mixer = lm.backbone.layers[1].mixer
+    mixer.b_layernorm = nn.Sequential(mixer.b_layernorm)
+    check(lm, fused=False)

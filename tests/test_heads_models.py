@@ -528,3 +528,43 @@ def test_published_parameter_counts():
     with torch.device("meta"):
         mamba2 = LM(Mamba2Config(d_model=768, n_layers=24), 50277, pad_vocab_size_multiple=16)
     assert sum(P.numel() for P in mamba2.parameters()) == 128_989_632
+
+
+@each
+def test_states_are_values(name, tmp_path):  # traps 34, 35, 36, 38
+    """Reordered, repeated, chosen, saved and loaded, a state gives what its rows give; no call
+    changes it."""
+    model = make(name)
+    x = torch.randn(3, 9, 8, dtype=torch.float64)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    _, state = model.prefill(x[:, :6], mask=mask)
+    before = state.clone()
+    y, after = model.prefill(x[:, 6:], state)
+    model.step(x[:, 6], state)
+    assert_near(state.tensors(), before.tensors(), 0)
+    order = torch.tensor([2, 0, 0, 1])
+    beams, _ = model.prefill(x[order, 6:], state.reorder(order))
+    assert_near(beams, y[order], 1e-12)
+    twice, _ = model.prefill(x.repeat_interleave(2, 0)[:, 6:], state.repeat(2))
+    assert_near(twice, y.repeat_interleave(2, 0), 1e-12)
+    one, last = model.prefill(x[1:2, 6:], state[1])
+    assert_near(one, y[1:2], 1e-12)
+    assert_near(plain(last), plain(after[1]), 1e-12)
+    state.save(tmp_path / "state.safetensors")
+    loaded = type(state).load(tmp_path / "state.safetensors")
+    assert torch.equal(model.prefill(x[:, 6:], loaded)[0], y)
+
+
+@each
+def test_gaps_through_a_language_model(name):
+    torch.manual_seed(0)
+    lm = LM(VARIANTS[name], 11).double().eval()
+    tokens, dt_scale = torch.randint(11, (2, 8)), 3 * torch.rand(2, 8).double()
+    logits = lm(tokens, dt_scale=dt_scale)
+    assert not torch.allclose(logits, lm(tokens), rtol=1e-3)
+    y, state = lm.prefill(tokens[:, :5], dt_scale=dt_scale[:, :5])
+    y2, state = lm.prefill(tokens[:, 5:7], state, dt_scale=dt_scale[:, 5:7])
+    with torch.no_grad():
+        # A step of even gaps is one launch; of others it must not be.
+        y3, _ = lm.step(tokens[:, 7], state, dt_scale=dt_scale[:, 7])
+    assert_near(torch.cat((y, y2, y3[:, None]), dim=1), logits, 1e-11)

@@ -81,10 +81,13 @@ class StepPlan:
         self._inputs.append(self.rows(name, width))
         return self._inputs[-1]
 
-    def norm(self, x: Rows, weight: Tensor, eps: float) -> Rows:
-        """RMSNorm of each row."""
-        y = self.rows("norm", x.width)
+    def norm(self, x: Rows, weight: Tensor | None, eps: float, name: str = "norm") -> Rows:
+        """RMSNorm of each row, into the room `name`; without a weight, of scale one."""
+        y = self.rows(name, x.width)
         self._work += self.batch * x.width
+        if weight is None:
+            weight = torch.ones(x.width, dtype=self.dtype)
+            self._made.append(weight)
         self._made.append(torch.tensor([eps], dtype=self.dtype))
         bits = self._made[-1].data_ptr()
         self._add(kernel.NORM, self.batch, x, y, self._address(weight), 0, x.width, bits)
