@@ -12,6 +12,9 @@ second input; and simple rules. Answers before 1985 are for training, those befo
 settings (of the linear rules too), the others are the test. 64 draws of the weeks give 64 windows
 where one would give one; they are not independent.
 
+To know the gaps halves the error; linear regression on interpolated weeks comes close to that
+(test errors 0.77 and 0.82 ppm, with --seed 1 0.84 and 0.86).
+
 Data: Keeling & Whorf, in the package statsmodels (pip install statsmodels).
 """
 

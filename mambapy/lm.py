@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mambapy import checkpoints, generation
 from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig, StackConfig
-from mambapy.errors import CheckpointError, ConfigError, ShapeError
+from mambapy.errors import ConfigError, ShapeError
 from mambapy.fused import FusedStep
 from mambapy.hybrid import Hybrid
 from mambapy.layers import (
@@ -23,13 +23,12 @@ from mambapy.layers import (
     RMSNorm,
     is_plain,
     product,
-    wide,
-    wide_names,
 )
 from mambapy.mamba import Mamba
 from mambapy.mamba2 import Mamba2
 from mambapy.mamba3 import Mamba3
 from mambapy.ops.dispatch import is_traced
+from mambapy.pretrained import Pretrained
 from mambapy.ragged import Ragged
 from mambapy.stack import Stack
 from mambapy.state import ModelState
@@ -57,7 +56,7 @@ STACKS: dict[type[StackConfig], Callable[[Any], Stack]] = {
 }
 
 
-class LM(FusedStep):
+class LM(FusedStep, Pretrained):
     """A language model.
 
     Args:
@@ -114,9 +113,9 @@ class LM(FusedStep):
     def _reset_embedding(self) -> None:
         """Normal with standard deviation base_std; a tied head shares it."""
         nn.init.normal_(self.embedding.weight, std=self.config.base_std)
-        self._tie()
+        self.tie()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
         """Make embedding and head one parameter again, where they should be."""
         if not self.tie_embeddings:
             return
@@ -129,7 +128,7 @@ class LM(FusedStep):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LM":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Moving off the meta device makes a new parameter of each name.
-        self._tie()
+        self.tie()
         return self
 
     def quantize(self, kind: str) -> "LM":
@@ -151,7 +150,7 @@ class LM(FusedStep):
             raise ConfigError(f"kind={kind!r} must be one of {', '.join(QUANTIZED)}")
         if self.quantized is not None:
             raise ConfigError(f"the model is in {self.quantized} already; load it anew")
-        self._check_unchanged("quantised")
+        self.check_unchanged("quantised")
         for module in list(self.modules()):
             for name, layer in module.named_children():
                 if is_plain(layer, nn.Linear):
@@ -159,7 +158,7 @@ class LM(FusedStep):
                 elif is_plain(layer, nn.Embedding):
                     setattr(module, name, QuantizedEmbedding(layer, kind))
         self.quantized = kind
-        self._tie()
+        self.tie()
         return self
 
     @property
@@ -333,11 +332,6 @@ class LM(FusedStep):
         """Continue one prompt, piece by piece; see `generation.stream_text`."""
         return generation.stream_text(self, tokenizer, prompt, **options)
 
-    @property
-    def model_type(self) -> str:
-        """What our config.json calls the stack: "mamba", "mamba2", "mamba3" or "hybrid"."""
-        return self.architecture().model_type
-
     def architecture(self) -> checkpoints.Architecture:
         """What this model is, apart from its numbers: what a checkpoint's config.json says."""
         return checkpoints.Architecture(
@@ -358,98 +352,6 @@ class LM(FusedStep):
             pad_vocab_size_multiple=architecture.pad_vocab_size_multiple,
         )
         return model if architecture.quantized is None else model.quantize(architecture.quantized)
-
-    def own_weights(self) -> dict[str, Tensor]:
-        """Every tensor that a checkpoint has: a tied head is the embedding, and left out."""
-        tensors = self.state_dict().items()
-        return {n: T for n, T in tensors if not (self.tie_embeddings and n.startswith("lm_head."))}
-
-    def save_pretrained(self, directory: str | Path, format: str = "mambapy") -> None:
-        """Write the weights and config.json to a folder.
-
-        Args:
-            directory: made if it is missing.
-            format: "mambapy", our own; "official", which the papers' code loads; or "hf", which
-                transformers loads.
-
-        Raises:
-            CheckpointError: the format cannot express this model, the model has parts that no
-                checkpoint has (an adapter that is not merged, a head no longer tied), or a file
-                could not be written; the earlier one is then still there.
-        """
-        self._check_unchanged("saved")
-        checkpoints.save(directory, self.architecture(), self.own_weights(), format)
-
-    def _check_unchanged(self, verb: str) -> None:
-        """Raise where somebody has put in layers that `LM` does not know, or untied the head."""
-        with torch.device("meta"):
-            expected = LM.from_architecture(self.architecture()).state_dict()
-        if foreign := sorted(set(self.state_dict()) ^ set(expected)):
-            raise CheckpointError(
-                f"the model cannot be {verb}: it has other layers than its configuration says "
-                f"({foreign[0]}); merge or unload adapters first"
-            )
-        if self.tie_embeddings and self.lm_head.weight is not self.embedding.weight:
-            raise CheckpointError(
-                f"the model cannot be {verb}: its head is tied to the embedding by its "
-                "configuration, and is a matrix of its own by now; make it with "
-                "tie_embeddings=False"
-            )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_dir: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        revision: str | None = None,
-    ) -> "LM":
-        """A trained model, in eval mode, every tensor as in the file.
-
-        Takes what `save_pretrained` wrote, the papers' checkpoints (Mamba-1, Mamba-2, Mamba-3 and
-        hybrids with attention), and those of transformers (mamba, mamba2, falcon_mamba, bamba) and
-        of Mistral (Codestral Mamba). Each tensor goes from the file straight to where it belongs;
-        on a CPU, in its own dtype, it stays mapped from the file, which must therefore not be
-        changed in place.
-
-        Args:
-            name_or_dir: a folder, or a name on the Hugging Face hub ("state-spaces/mamba-130m"),
-                which is looked for in the local cache before it is downloaded.
-            dtype: of the weights; the file's without it. A_log, D, dt_bias and their like are in
-                float32 or wider all the same.
-            device: where to put them; the CPU without it.
-            revision: a branch, tag or commit on the hub.
-
-        Raises:
-            CheckpointError: the checkpoint is nowhere, damaged or of an unknown format; its
-                configuration has a key that is not understood; a tensor is missing, unexpected or
-                of another shape.
-        """
-        found = checkpoints.open_checkpoint(checkpoints.find(name_or_dir, revision))
-        if dtype is not None and found.architecture.quantized:
-            raise CheckpointError(
-                f"{name_or_dir} is in {found.architecture.quantized}; dtype must be None for it"
-            )
-        with torch.device("meta"):
-            model = cls.from_architecture(found.architecture)
-        expected = model.own_weights()
-        found.check({name: tuple(T.shape) for name, T in expected.items()})
-        kept_wide = wide_names(model)
-        device = torch.device("cpu" if device is None else device)
-        weights = {}
-        for name in expected:
-            T = found.read(name)
-            wanted = T.dtype if dtype is None or not T.is_floating_point() else dtype
-            weights[name] = T.to(device, wide(wanted) if name in kept_wide else wanted)
-        tied = {
-            name.replace("embedding.", "lm_head."): T
-            for name, T in weights.items()
-            if model.tie_embeddings and name.startswith("embedding.")
-        }
-        model.load_state_dict({**weights, **tied}, assign=True)
-        model._tie()
-        return model.eval()
 
     def _layout(
         self,

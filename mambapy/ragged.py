@@ -62,6 +62,8 @@ class Ragged:
         dt_scale = check_dt_scale(dt_scale, (b, l))
         if mask is None and seq_idx is None:
             return cls(dt_scale=dt_scale)
+        if mask is not None and not isinstance(mask, Tensor):
+            raise ShapeError(f"mask must be a bool tensor (b, l), got {type(mask).__name__}")
         if mask is not None and (mask.shape != (b, l) or mask.dtype != torch.bool):
             raise ShapeError(
                 f"mask must be bool (b, l) = {(b, l)}, True at real tokens, "

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,44 @@ def test_parity_runs(tmp_path, capsys):
         mean = sum(found["by_place"]) / 256
         assert found["all_places"]["256"] == pytest.approx(mean)
     assert (tmp_path / "out" / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_series_windows():
+    pytest.importorskip("statsmodels")
+    series = load("series")
+    x, gaps, answers, year = series.windows(2, 0)
+    assert x.shape == gaps.shape == (len(answers), 24)
+    assert len(answers) == len(year) > 200
+    assert torch.equal(x[:, -1], torch.zeros(len(x)))
+    assert torch.equal(gaps, gaps.round().clamp(min=1))
+    assert 7 < gaps.mean() < 9
+    assert year.min() >= 1958
+    assert year.max() == 2001
+    assert torch.isfinite(answers).all()
+    # The window moves on by one number (but in the first years, where some answers are missing).
+    assert torch.allclose(x[101, :-1] - x[101, -2], x[100, 1:], atol=1e-3)
+    assert torch.equal(gaps[101, :-1], gaps[100, 1:])
+    weekly = series.on_every_week(x, gaps)
+    assert weekly.shape == (len(x), 172)
+    for row in (0, 100):
+        ago = [int(gaps[row, place + 1 :].sum()) for place in range(24)]
+        for weeks, number in zip(ago, x[row], strict=True):
+            assert weeks >= 172 or weekly[row, 171 - weeks] == pytest.approx(float(number))
+
+
+def test_series_runs(capsys):
+    pytest.importorskip("statsmodels")
+    load("series").main(["--steps", "1", "--draws", "1", "--d_model", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    errors = {line[:45].strip(): [*map(float, line[45:].split())] for line in lines[1:-1]}
+    assert len(errors) == 7
+    assert all(len(row) == 3 and all(0 < e < 10 for e in row) for row in errors.values())
+    rules = [row[2] for name, row in errors.items() if "Mamba" not in name]
+    assert rules[1] < rules[0]
+    assert lines[-1].startswith("windows: ")
+
+
+def test_series_without_its_data(monkeypatch):
+    monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
+    with pytest.raises(SystemExit, match="needs statsmodels: pip install statsmodels"):
+        load("series")

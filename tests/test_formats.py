@@ -452,3 +452,22 @@ def test_architecture_knows_its_rows():
     config = MambaConfig(d_model=16, n_layers=1)
     assert Architecture(config, 50277, pad_vocab_size_multiple=16).rows == 50288
     assert Architecture(config, 50277).rows == 50280
+
+
+def test_what_other_readers_of_these_files_look_at(tmp_path):
+    """llama.cpp's converter has its own idea of the padding, unless it is told."""
+    for model in (LM(MambaConfig(d_model=16, n_layers=1), 21), LM(BAMBA, 21)):
+        model.save_pretrained(tmp_path / model.model_type, format="hf")
+        config = json.loads((tmp_path / model.model_type / "config.json").read_text())
+        assert config["pad_vocab_size_multiple"] == 8
+        assert config["vocab_size"] == 24
+    assert config["attn_rotary_emb"] == 4
+    edit(tmp_path / "hybrid", {"attn_rotary_emb": 8})
+    with pytest.raises(CheckpointError, match="attn_rotary_emb=8, where only 4 works here"):
+        from_pretrained(tmp_path / "hybrid")
+
+
+BAMBA = HybridConfig(
+    d_model=16, layers=("mamba2+mlp", "attention+mlp"), d_intermediate=8,
+    attention={"n_heads": 2, "rotary_dim": 4}, mamba2={"d_head": 8},
+)  # fmt: skip

@@ -141,7 +141,7 @@ def load_other_weights(lm):
 
 def load_by_assignment(lm):
     lm.load_state_dict(model(seed=1).state_dict(), assign=True)
-    lm._tie()
+    lm.tie()
 
 
 def replace_a_norm(lm):

@@ -175,7 +175,7 @@ def test_token_classifier_beside_padding_and_documents(name):  # traps 7, 31
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 3] = False
     real = mask & (seq_idx >= 0)
-    x, gaps, weight = spoil(clean, ~real), GAPS[:2, :1] + GAPS[2:4, :1] * torch.rand(2, 9), 0
+    x, gaps = spoil(clean, ~real), 3 * torch.rand(2, 9).double()
     weight = torch.randn(2, 9, 4).double()
     logits = model(x, mask=mask, seq_idx=seq_idx, dt_scale=gaps)
     assert logits.shape == (2, 9, 4)
@@ -299,7 +299,7 @@ def test_pretrained_in_bfloat16(pooling, tmp_path):  # trap 10
 
 
 @each
-@pytest.mark.parametrize("kind", [SequenceClassifier, Regressor, TokenClassifier])
+@pytest.mark.parametrize("kind", [Regressor, TokenClassifier])
 def test_one_step_of_the_optimiser_lowers_the_loss(name, kind):
     model = kind(CORES[name](), 3)
     optimizer = make_optimizer(model, lr=1e-3)
@@ -316,8 +316,6 @@ def test_one_step_of_the_optimiser_lowers_the_loss(name, kind):
         found = model(x, mask=MASK)
         if kind is Regressor:
             return F.mse_loss(found, wanted)
-        if kind is SequenceClassifier:
-            return F.cross_entropy(found, labels[:, 0])
         return F.cross_entropy(found[MASK], labels[MASK])
 
     before = loss()

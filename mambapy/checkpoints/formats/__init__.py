@@ -5,8 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mambapy.checkpoints.formats.bamba import HFBamba
 from mambapy.checkpoints.formats.base import Format, Keys, Part
-from mambapy.checkpoints.formats.huggingface import TRANSFORMERS
+from mambapy.checkpoints.formats.huggingface import (
+    HFFalconMamba,
+    HFMamba,
+    HFMamba2,
+    HuggingFace,
+)
 from mambapy.checkpoints.formats.mistral import Mistral
 from mambapy.checkpoints.formats.native import Native
 from mambapy.checkpoints.formats.official import Official
@@ -14,6 +20,9 @@ from mambapy.errors import CheckpointError
 
 __all__ = ["CONFIG", "WRITTEN", "Format", "Keys", "Part", "recognise", "to_write"]
 
+TRANSFORMERS: dict[str, HuggingFace] = {
+    each.model_type: each for each in (HFMamba(), HFFalconMamba(), HFMamba2(), HFBamba())
+}
 CONFIG, PARAMS = "config.json", "params.json"
 # What can be written, by the name that users give.
 WRITTEN = ("mambapy", "official", "hf")

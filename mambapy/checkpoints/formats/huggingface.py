@@ -1,4 +1,4 @@
-"""The formats of transformers: mamba, falcon_mamba, mamba2 and bamba, as its config.json has them.
+"""The formats of transformers: what they share, and mamba, falcon_mamba and mamba2.
 
 A key that is missing has transformers' own default. What its configurations have no key for
 (the true size of a padded vocabulary) stands under "mambapy", which transformers carries along.
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mambapy.checkpoints.architecture import Architecture
 from mambapy.checkpoints.formats.base import Format, Keys, Part, refuse, unlike
-from mambapy.config import HybridConfig, Mamba2Config, MambaConfig
+from mambapy.config import Mamba2Config, MambaConfig
 
 # What any model's config.json may have and what changes no logits.
 _HARMLESS = """
@@ -86,6 +86,8 @@ class HuggingFace(Format):
             "initializer_range": config.base_std,
             "tie_word_embeddings": architecture.tie_embeddings,
             "hidden_act": "silu",
+            # transformers does not look at it; llama.cpp's converter does.
+            "pad_vocab_size_multiple": architecture.pad_vocab_size_multiple,
             "mambapy": {
                 "vocab_size": architecture.vocab_size,
                 "pad_vocab_size_multiple": architecture.pad_vocab_size_multiple,
@@ -204,7 +206,7 @@ class HFMamba2(HuggingFace):
             d_state=values.take("state_size", 128),
             d_conv=values.take("conv_kernel", 4),
             n_groups=values.take("n_groups", 8),
-            dt_limit=_limit(values.take("time_step_limit", (0.0, math.inf))),
+            dt_limit=limits(values.take("time_step_limit", (0.0, math.inf))),
             bias=values.take("use_bias", False),
             conv_bias=values.take("use_conv_bias", True),
             rms_norm_eps=values.take("layer_norm_epsilon", 1e-5),
@@ -220,7 +222,7 @@ class HFMamba2(HuggingFace):
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Translate to config.json."""
         config: Mamba2Config = architecture.config_of("mamba2")
-        _refuse_mamba2(f"transformers' {self.model_type}", config)
+        refuse_mamba2(f"transformers' {self.model_type}", config)
         refuse(f"transformers' {self.model_type}", unlike(architecture, d_intermediate=0))
         return self.write_model(architecture) | {
             "state_size": config.d_state,
@@ -240,161 +242,7 @@ class HFMamba2(HuggingFace):
         }
 
 
-class HFBamba(HuggingFace):
-    """BambaForCausalLM: Mamba-2 and attention, a gated MLP after each."""
-
-    model_type, architecture = "bamba", "BambaForCausalLM"
-    defaults = {  # noqa: RUF012
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "vocab_size": 128000,
-        "num_hidden_layers": 32,
-        "tie": False,
-        "in_fp32": False,
-    }
-
-    def read(self, values: Keys) -> Architecture:
-        """Translate config.json."""
-        stack, model = self.read_model(values)
-        heads = values.take("num_attention_heads", 32)
-        channels = stack["d_model"] // heads
-        n_heads, expand = values.take("mamba_n_heads", 128), values.take("mamba_expand", 2)
-        d_head = values.take("mamba_d_head", "auto")
-        rope = values.take("rope_parameters", None) or {}
-        rope = {"rope_theta": 10000.0, **values.given(rope_theta="rope_theta"), **rope}
-        values.must("rope_scaling", None)
-        values.must("mlp_bias", False)
-        values.ignore("partial_rotary_factor")
-        keys = Keys(rope, f"{values.source}, rope_parameters")
-        keys.must("rope_type", "default")
-        # Whatever is written there, transformers turns half of a head.
-        keys.ignore("partial_rotary_factor")
-        base = keys.take("rope_theta")
-        keys.finish()
-        chosen = values.take("attn_layer_indices", None) or []
-        n_layers = values.take("num_hidden_layers", self.defaults["num_hidden_layers"])
-        bias = values.take("attention_bias", False)
-        values.must("head_dim", channels)
-        mamba2 = {
-            "d_head": expand * stack["d_model"] // n_heads if d_head == "auto" else d_head,
-            "d_state": values.take("mamba_d_state", 256),
-            "d_conv": values.take("mamba_d_conv", 4),
-            "n_groups": values.take("mamba_n_groups", 1),
-            "dt_limit": _limit(values.take("time_step_limit", (0.0, math.inf))),
-            "bias": values.take("mamba_proj_bias", False),
-            "conv_bias": values.take("mamba_conv_bias", True),
-        }
-        attention = {
-            "n_heads": heads,
-            "n_kv_heads": values.take("num_key_value_heads", 8) or heads,
-            "rotary_dim": channels // 2,
-            "rotary_base": base,
-            "bias": bias,
-            "out_bias": bias,
-        }
-        kinds = ["attention" if i in chosen else "mamba2" for i in range(n_layers)]
-        mixers: dict[str, Any] = {"mamba2": mamba2} if "mamba2" in kinds else {}
-        mixers |= {"attention": attention} if chosen else {}
-        config = HybridConfig(
-            **stack,
-            **mixers,
-            layers=tuple(f"{kind}+mlp" for kind in kinds),
-            d_intermediate=values.take("intermediate_size", 14336),
-            mlp_multiple_of=1,
-            expand=expand,
-            rms_norm_eps=values.take("rms_norm_eps", 1e-5),
-        )
-        values.finish()
-        return Architecture(config, **model)
-
-    def write(self, architecture: Architecture) -> dict[str, Any]:
-        """Translate to config.json. The residual stream is in the weights' dtype over there."""
-        where = "transformers' bamba"
-        config: HybridConfig = architecture.config_of("hybrid")
-        reasons = [kind for kind in set(config.mixers) if kind not in ("mamba2", "attention")]
-        refuse(where, [f"{kind} layers" for kind in reasons])
-        if not all(config.mlp_layers):
-            refuse(where, ["blocks without an MLP"])
-        attention: dict[str, Any] = {}
-        if "attention" in config.mixers:
-            attn = config.mixer_config("attention")
-            channels = config.d_model // attn.n_heads
-            if attn.d_conv or attn.bias != attn.out_bias:
-                reasons.append(f"d_conv={attn.d_conv}, bias={attn.bias}, out_bias={attn.out_bias}")
-            if attn.head_channels * attn.n_heads != config.d_model:
-                reasons.append(f"{attn.n_heads} heads of {attn.head_channels} channels")
-            if attn.rotary_dim != channels // 2:
-                reasons.append(f"rotary_dim={attn.rotary_dim}, not half of a head")
-            refuse(where, reasons)
-            attention = {
-                "num_attention_heads": attn.n_heads,
-                "num_key_value_heads": attn.kv_heads,
-                "attention_bias": attn.bias,
-                "rope_parameters": {"rope_type": "default", "rope_theta": attn.rotary_base},
-            }
-        mixer: dict[str, Any] = {}
-        if "mamba2" in config.mixers:
-            mamba = config.mixer_config("mamba2")
-            _refuse_mamba2(where, mamba)
-            mixer = {
-                "mamba_n_heads": mamba.n_heads,
-                "mamba_d_head": mamba.d_head,
-                "mamba_n_groups": mamba.n_groups,
-                "mamba_d_state": mamba.d_state,
-                "mamba_d_conv": mamba.d_conv,
-                "mamba_conv_bias": mamba.conv_bias,
-                "mamba_proj_bias": mamba.bias,
-                "time_step_limit": [*mamba.dt_limit],
-            }
-        values = self.write_model(architecture)
-        values["mambapy"] |= {"residual_in_fp32": config.residual_in_fp32}
-        return {
-            **values,
-            "intermediate_size": config.d_mlp,
-            "attn_layer_indices": [i for i, k in enumerate(config.mixers) if k == "attention"],
-            "mamba_expand": round(config.expand),
-            "rms_norm_eps": config.rms_norm_eps,
-            "max_position_embeddings": 262144,
-            **mixer,
-            **attention,
-        }
-
-    def parts(self, name: str, architecture: Architecture) -> list[Part]:
-        """One of ours is several of theirs: queries, keys and values; the two halves of the MLP."""
-        top = {
-            "embedding.weight": "model.embed_tokens.weight",
-            "norm_f.weight": "model.final_layernorm.weight",
-            "lm_head.weight": "lm_head.weight",
-        }
-        if name in top:
-            return [Part(top[name])]
-        _, _, index, *path = name.split(".")
-        layer, leaf = f"model.layers.{index}", ".".join(path)
-        config: HybridConfig = architecture.config_of("hybrid")
-        renamed = {
-            "norm.weight": "input_layernorm.weight",
-            "norm2.weight": "pre_ff_layernorm.weight",
-            "mlp.fc2.weight": "feed_forward.down_proj.weight",
-        }
-        if leaf in renamed:
-            return [Part(f"{layer}.{renamed[leaf]}")]
-        if leaf == "mlp.fc1.weight":
-            names = ("up_proj", "gate_proj")
-            return [Part(f"{layer}.feed_forward.{n}.weight", config.d_mlp) for n in names]
-        if config.mixers[int(index)] != "attention":
-            return [Part(f"{layer}.mamba.{leaf.removeprefix('mixer.')}")]
-        _, projection, kind = leaf.split(".")
-        if projection == "out_proj":
-            return [Part(f"{layer}.self_attn.o_proj.{kind}")]
-        attn = config.mixer_config("attention")
-        heads = {"q_proj": attn.n_heads, "k_proj": attn.kv_heads, "v_proj": attn.kv_heads}
-        return [
-            Part(f"{layer}.self_attn.{name}.{kind}", h * attn.head_channels)
-            for name, h in heads.items()
-        ]
-
-
-def _limit(value: Any) -> tuple[float, float]:
+def limits(value: Any) -> tuple[float, float]:
     """A step size's limits; transformers 5 writes infinity as {"__float__": "Infinity"}."""
     low, high = (
         float(part["__float__"]) if isinstance(part, Mapping) else float(part)
@@ -403,7 +251,7 @@ def _limit(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _refuse_mamba2(where: str, config: Mamba2Config) -> None:
+def refuse_mamba2(where: str, config: Mamba2Config) -> None:
     """Raise where a Mamba-2 mixer has what transformers' has not."""
     wanted = {
         "rmsnorm": True,
@@ -417,8 +265,3 @@ def _refuse_mamba2(where: str, config: Mamba2Config) -> None:
     if config.expand != round(config.expand):
         reasons.append(f"expand={config.expand}")
     refuse(where, reasons)
-
-
-TRANSFORMERS: dict[str, HuggingFace] = {
-    each.model_type: each for each in (HFMamba(), HFFalconMamba(), HFMamba2(), HFBamba())
-}
