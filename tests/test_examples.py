@@ -97,3 +97,26 @@ def test_series_without_its_data(monkeypatch):
     monkeypatch.setitem(sys.modules, "statsmodels.datasets", None)
     with pytest.raises(SystemExit, match="needs statsmodels: pip install statsmodels"):
         load("series")
+
+
+def test_cryptomamba_on_files_of_its_kind(tmp_path, capsys):
+    """Of other files than the published ones it says that they are others."""
+    crypto = load("cryptomamba")
+    weights = {f"model.{name}": T for name, T in crypto.CryptoMamba().state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "cmamba_v.ckpt")
+    rows = torch.rand(30, 6).double().tolist()
+    lines = [",".join(crypto.FEATURES), *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "test.csv").write_text("\n".join(lines))
+    with pytest.raises(SystemExit, match="not the published errors: RMSE, MAPE %, MAE differ"):
+        crypto.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "15 windows" in printed
+    assert "12 mixers: largest weight" in printed
+    x, close = crypto.load_windows(tmp_path / "test.csv")
+    assert x.shape == (15, 6, 14)
+    assert x[3, 4, 0] == pytest.approx(rows[3][4], rel=1e-6)
+    assert x[3, 5, 13] == pytest.approx(rows[16][5] / 1e9, rel=1e-6)
+    assert close[3] == rows[17][4]
+    torch.save({"state_dict": weights | {"model.more": torch.ones(1)}}, tmp_path / "cmamba_v.ckpt")
+    with pytest.raises(RuntimeError, match="more"):
+        crypto.main([str(tmp_path)])
