@@ -7,9 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
+    from mambapy.config import (
+        HybridConfig,
+        JambaConfig,
+        Mamba2Config,
+        Mamba3Config,
+        MambaConfig,
+    )
     from mambapy.heads import Regressor, SequenceClassifier, SeriesModel, TokenClassifier
     from mambapy.hybrid import Hybrid
+    from mambapy.jamba import Jamba
+    from mambapy.jamba_lm import JambaLM
     from mambapy.lm import LM, MambaLM, from_pretrained
     from mambapy.mamba import Mamba, MambaBlock
     from mambapy.mamba2 import Mamba2, Mamba2Block
@@ -23,6 +31,9 @@ __all__ = [
     "ByteTokenizer",
     "Hybrid",
     "HybridConfig",
+    "Jamba",
+    "JambaConfig",
+    "JambaLM",
     "Mamba",
     "Mamba2",
     "Mamba2Block",
@@ -55,6 +66,9 @@ _HOMES = {
     "Mamba3Block": "mamba3",
     "Mamba3Config": "config",
     "Hybrid": "hybrid",
+    "Jamba": "jamba",
+    "JambaConfig": "config",
+    "JambaLM": "jamba_lm",
     "HybridConfig": "config",
     "Regressor": "heads",
     "SequenceClassifier": "heads",

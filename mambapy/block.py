@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapy.errors import ShapeError
+from mambapy.experts import Experts
 from mambapy.layers import RMSNorm, WideParameters, is_plain, wide
 from mambapy.ragged import Ragged
 from mambapy.state import State
@@ -128,7 +129,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, mixer: Mixer[Any], d_model: int, eps: float, mlp: GatedMLP | None = None
+        self, mixer: Mixer[Any], d_model: int, eps: float, mlp: GatedMLP | Experts | None = None
     ) -> None:
         super().__init__()
         self.norm = RMSNorm(d_model, eps)
@@ -142,13 +143,26 @@ class ResidualBlock(nn.Module):
             if part is not None:
                 part.reset_parameters()
 
-    def last_projections(self) -> list[nn.Linear]:
-        """The last layer of each residual branch."""
-        return [self.mixer.out_proj] if self.mlp is None else [self.mixer.out_proj, self.mlp.fc2]
+    def last_weights(self) -> list[Tensor]:
+        """The weight of the last layer of each residual branch."""
+        weights: list[Tensor] = [self.mixer.out_proj.weight]
+        if isinstance(self.mlp, Experts):
+            weights.append(self.mlp.fc2)
+        elif self.mlp is not None:
+            weights.append(self.mlp.fc2.weight)
+        return weights
 
     def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
         """Map the residual stream (b, l, d) to the next."""
         return self._after(x + self.mixer(self.norm(x), ragged))
+
+    def routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor | None]:
+        """The same, and the router's logits (b, l, E) where there are experts."""
+        x = x + self.mixer(self.norm(x), ragged)
+        if not isinstance(self.mlp, Experts) or self.norm2 is None:
+            return self._after(x), None
+        y, logits = self.mlp.routed(self.norm2(x))
+        return x + y, logits
 
     def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
         """The same from a state on, with the state after the last token."""

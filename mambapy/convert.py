@@ -34,9 +34,10 @@ def convert(
     found = checkpoints.open_checkpoint(checkpoints.find(source, revision))
     with torch.device("meta"):
         expected = LM.from_architecture(found.architecture).own_weights()
-    found.check({name: tuple(T.shape) for name, T in expected.items()})
+    shapes = {name: tuple(T.shape) for name, T in expected.items()}
+    found.check(shapes)
     target = Path(target)
-    weights = _Weights(found, list(expected))
+    weights = _Weights(found, shapes)
     checkpoints.save(target, found.architecture, weights, format, token_ids=found.token_ids)
     checkpoints.copy_tokenizer(found.directory, target)
     return sorted(path for path in target.iterdir() if path.is_file())
@@ -45,14 +46,16 @@ def convert(
 class _Weights(Mapping[str, Tensor]):
     """A checkpoint's tensors by our names, each read when it is asked for."""
 
-    def __init__(self, source: checkpoints.Checkpoint, names: list[str]) -> None:
-        self._source, self._names = source, names
+    def __init__(
+        self, source: checkpoints.Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._source, self._shapes = source, shapes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source.read(name)
+        return self._source.read(name, self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._shapes)

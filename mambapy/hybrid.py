@@ -5,7 +5,7 @@ from typing import Any
 
 from mambapy.attention import Attention
 from mambapy.block import Mixer
-from mambapy.config import HybridConfig
+from mambapy.config import HybridConfig, JambaConfig
 from mambapy.mamba import MambaBlock
 from mambapy.mamba2 import Mamba2Block
 from mambapy.mamba3 import Mamba3Block
@@ -30,6 +30,6 @@ class Hybrid(Stack):
 
     can_plan = False
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: HybridConfig | JambaConfig) -> None:
         configs = {kind: config.mixer_config(kind) for kind in config.mixers}
         super().__init__(config, (MIXERS[kind](configs[kind]) for kind in config.mixers))

@@ -6,16 +6,24 @@ them. Sampling is in generation.py, files are in checkpoints/.
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mambapy import checkpoints, generation
-from mambapy.config import HybridConfig, Mamba2Config, Mamba3Config, MambaConfig, StackConfig
+from mambapy.config import (
+    HybridConfig,
+    JambaConfig,
+    Mamba2Config,
+    Mamba3Config,
+    MambaConfig,
+    StackConfig,
+)
 from mambapy.errors import ConfigError, ShapeError
 from mambapy.fused import FusedStep
 from mambapy.hybrid import Hybrid
+from mambapy.jamba import Jamba
 from mambapy.layers import (
     QUANTIZED,
     QuantizedEmbedding,
@@ -47,12 +55,14 @@ __all__ = [
     "from_pretrained",
 ]
 
+L = TypeVar("L", bound="LM")
 # The stack of each kind of configuration.
 STACKS: dict[type[StackConfig], Callable[[Any], Stack]] = {
     MambaConfig: Mamba,
     Mamba2Config: Mamba2,
     Mamba3Config: Mamba3,
     HybridConfig: Hybrid,
+    JambaConfig: Jamba,
 }
 
 
@@ -131,7 +141,7 @@ class LM(FusedStep, Pretrained):
         self.tie()
         return self
 
-    def quantize(self, kind: str) -> "LM":
+    def quantize(self: L, kind: str) -> L:
         """Store the matrices in fewer bits, in place, so that a token reads less memory.
 
         Decoding one sequence is bound by reading the weights. Activations and recurrences stay as
@@ -195,6 +205,23 @@ class LM(FusedStep, Pretrained):
         hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
         return ragged.restore(self._head(hidden))
 
+    def routed(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`forward`, and the logits of every router: for `experts.load_balancing_loss`.
+
+        Returns:
+            (b, l, vocab_size), and for each layer with experts (b, l, n_experts), before the
+            softmax; zeros at padding.
+        """
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
+        hidden, found = self.backbone.run_routed(self._embed(ragged.pack(tokens)), ragged)
+        return ragged.restore(self._head(hidden)), [ragged.restore(logits) for logits in found]
+
     def hidden(
         self,
         tokens: Tensor,
@@ -251,10 +278,7 @@ class LM(FusedStep, Pretrained):
             ShapeError: an argument does not fit, or a token is out of range.
         """
         ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
-        if not 0 <= logits_to_keep <= tokens.shape[1]:
-            raise ShapeError(
-                f"logits_to_keep={logits_to_keep} must be from 0 to l = {tokens.shape[1]}"
-            )
+        self._check_keep(logits_to_keep, tokens)
         hidden, state = self.backbone.run_from(self._embed(ragged.pack(tokens)), state, ragged)
         if logits_to_keep == 0:
             return ragged.restore(self._head(hidden)), state
@@ -343,7 +367,7 @@ class LM(FusedStep, Pretrained):
         )
 
     @classmethod
-    def from_architecture(cls, architecture: checkpoints.Architecture) -> "LM":
+    def from_architecture(cls: type[L], architecture: checkpoints.Architecture) -> L:
         """A new model of that architecture."""
         model = cls(
             architecture.config,
@@ -352,6 +376,12 @@ class LM(FusedStep, Pretrained):
             pad_vocab_size_multiple=architecture.pad_vocab_size_multiple,
         )
         return model if architecture.quantized is None else model.quantize(architecture.quantized)
+
+    @staticmethod
+    def _check_keep(n: int, tokens: Tensor) -> None:
+        """Raise unless the last n of the tokens (b, l) can be kept."""
+        if not 0 <= n <= tokens.shape[1]:
+            raise ShapeError(f"logits_to_keep={n} must be from 0 to l = {tokens.shape[1]}")
 
     def _layout(
         self,

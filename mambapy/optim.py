@@ -25,7 +25,8 @@ ROLES: dict[str, tuple[str, bool]] = {
     "bias": (r"bias", False),
     "embedding": (r"embedding\.weight", False),
     "conv": (r"conv1d\.weight", True),
-    "matrix": (r"(in_proj|x_proj|dt_proj|out_proj|fc1|fc2|lm_head|head)\.weight", True),
+    "experts": (r"mlp\.fc[12]", True),
+    "matrix": (r"(in_proj|x_proj|dt_proj|out_proj|fc1|fc2|lm_head|head|router)\.weight", True),
 }
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps"}

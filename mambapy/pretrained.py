@@ -120,8 +120,8 @@ class Pretrained(nn.Module):
         kept_wide = wide_names(model)
         device = torch.device("cpu" if device is None else device)
         weights = {}
-        for name in expected:
-            T = found.read(name)
+        for name, like in expected.items():
+            T = found.read(name, tuple(like.shape))
             wanted = T.dtype if dtype is None or not T.is_floating_point() else dtype
             weights[name] = T.to(device, wide(wanted) if name in kept_wide else wanted)
         tied = {

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mambapy.block import GatedMLP, Mixer, ResidualBlock
 from mambapy.config import StackConfig
 from mambapy.errors import ShapeError
+from mambapy.experts import Experts
 from mambapy.fused import FusedStep
 from mambapy.init import rescale_residual
 from mambapy.ragged import Ragged, check_dt_scale
@@ -47,11 +48,18 @@ class Stack(FusedStep):
                 mixer,
                 config.d_model,
                 config.rms_norm_eps,
-                GatedMLP(config.d_model, config.d_mlp) if has_mlp else None,
+                self._feed_forward(kind),
             )
-            for mixer, has_mlp in zip(mixers, config.mlp_layers, strict=True)
+            for mixer, kind in zip(mixers, config.feed_forwards, strict=True)
         )
         self._rescale()
+
+    def _feed_forward(self, kind: str) -> GatedMLP | Experts | None:
+        """What comes after a mixer: "mlp", "moe" (of configurations that have experts), or ""."""
+        config: Any = self.config
+        if kind == "moe":
+            return Experts(config.d_model, config.d_mlp, config.n_experts, config.top_k)
+        return GatedMLP(config.d_model, config.d_mlp) if kind else None
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as the constructor does."""
@@ -63,8 +71,8 @@ class Stack(FusedStep):
         """Shrink the last projection of each residual branch."""
         if self.config.rescale_out_proj:
             for layer in self.layers:
-                for last in layer.last_projections():
-                    rescale_residual(last.weight, self.config.n_residuals)
+                for weight in layer.last_weights():
+                    rescale_residual(weight, self.config.n_residuals)
 
     def forward(
         self,
@@ -175,6 +183,18 @@ class Stack(FusedStep):
             else:
                 residual = layer(residual, ragged)
         return residual.to(x.dtype)
+
+    def run_routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, list[Tensor]]:
+        """`run`, and the logits (b, l, E) of every router, in the order of the layers."""
+        residual, found = self._to_residual(x), []
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                residual, logits = checkpoint(layer.routed, residual, ragged, use_reentrant=False)
+            else:
+                residual, logits = layer.routed(residual, ragged)
+            if logits is not None:
+                found.append(logits)
+        return residual.to(x.dtype), found
 
     def run_from(
         self, x: Tensor, state: ModelState | None, ragged: Ragged

@@ -15,7 +15,10 @@ COLUMNS = {
 CANNOT = {
     ("official mamba3 siso", "hf"): "transformers has no model for 'mamba3'",
     ("official mamba3 mimo", "hf"): "transformers has no model for 'mamba3'",
-    ("official mamba2attn", "hf"): "transformers' bamba cannot express blocks without an MLP",
+    (
+        "official mamba2attn",
+        "hf",
+    ): "transformers' bamba cannot express blocks without an MLP, or with experts",
     ("hf falcon_mamba", "official"): "the official format cannot express inner_norm='plain'",
 }
 

@@ -244,4 +244,4 @@ def test_a_hybrid_as_plain_values():
     plain = json.loads(json.dumps(config.to_dict()))
     assert HybridConfig.from_dict(plain) == config
     mixed = HybridConfig(d_model=64, layers=("mamba", "mamba2+mlp"), d_intermediate=8)
-    assert (mixed.mlp_layers, mixed.n_residuals) == ((False, True), 3)
+    assert (mixed.feed_forwards, mixed.n_residuals) == (("", "mlp"), 3)

@@ -153,7 +153,7 @@ def essence(checkpoint):
         sizes = {"n_kv_heads": attention.kv_heads, "d_head": attention.head_channels}
         values["attention"] |= sizes
     return (
-        values, [*kinds], config.d_mlp, config.mlp_layers, architecture.vocab_size,
+        values, [*kinds], config.d_mlp, config.feed_forwards, architecture.vocab_size,
         architecture.rows, architecture.tie_embeddings,
     )  # fmt: skip
 

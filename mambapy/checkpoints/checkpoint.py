@@ -72,7 +72,9 @@ class Checkpoint:
             parts = self.format.parts(name, self.architecture)
             used |= {part.name for part in parts}
             for part in parts:
-                wanted = shape if part.rows is None else (part.rows, *shape[1:])
+                wanted = (
+                    shape if part.rows is None else (part.rows, *shape[max(1, len(shape) - 1) :])
+                )
                 if part.name not in self.shapes:
                     problems.append(f"{part.name} {wanted} is missing")
                 elif self.shapes[part.name] != wanted:
@@ -86,11 +88,13 @@ class Checkpoint:
             more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise CheckpointError(f"{self.directory}: {'; '.join(problems[:8])}{more}")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One of our tensors, in the file's dtype: mapped, or put together from its parts."""
         parts = self.format.parts(name, self.architecture)
         tensors = [self.tensors[part.name]() for part in parts]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        if len(tensors) == 1 and parts[0].rows is None:
+            return tensors[0]
+        return torch.cat(tensors).view(shape)
 
     def _is_tied_head(self, name: str) -> bool:
         """Whether a tensor of the file is the head of a tied model, and is the embedding."""
@@ -122,7 +126,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{directory / CONFIG} does not fit: {error}") from error
     found = files.TensorFiles(directory, form.stems)
-    names = {form.canonical(name): name for name in found}
+    canonical = {form.canonical(name): name for name in found}
+    form = form.fit(canonical)
+    names = {n: canonical[c] for n, c in form.settle(canonical, architecture).items()}
     return Checkpoint(
         directory,
         form,
@@ -202,7 +208,7 @@ class _Translated(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         ours, row, rows = self._place[name]
         T = self._weights[ours]
-        return T if rows is None else T[row : row + rows]
+        return T if rows is None else T.flatten(0, -2)[row : row + rows]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place)

@@ -6,9 +6,11 @@ that a tool can read and check one cheaply.
     StackConfig                        what every stack of blocks has
       MambaConfig      Mamba2Config    Mamba3Config    AttentionConfig: one kind of mixer
       HybridConfig                     a list that names the mixer of each block
+      JambaConfig                      attention and experts at regular distances
 """
 
 from mambapy.config.hybrid import HybridConfig
+from mambapy.config.jamba import JambaConfig
 from mambapy.config.mixers import (
     AttentionConfig,
     HeadsConfig,
@@ -24,6 +26,7 @@ MODEL_TYPES: dict[str, type[StackConfig]] = {
     "mamba2": Mamba2Config,
     "mamba3": Mamba3Config,
     "hybrid": HybridConfig,
+    "jamba": JambaConfig,
 }
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "AttentionConfig",
     "HeadsConfig",
     "HybridConfig",
+    "JambaConfig",
     "Mamba2Config",
     "Mamba3Config",
     "MambaConfig",

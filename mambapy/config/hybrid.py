@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mambapy.config.mixers import AttentionConfig, Mamba2Config, Mamba3Config, MambaConfig
-from mambapy.config.stack import StackConfig
+from mambapy.config.stack import StackConfig, check_int
 from mambapy.errors import ConfigError
 
 MIXERS: dict[str, type[StackConfig]] = {
@@ -14,7 +14,7 @@ MIXERS: dict[str, type[StackConfig]] = {
     "mamba3": Mamba3Config,
     "attention": AttentionConfig,
 }
-MLP = "+mlp"
+MLP, MOE = "+mlp", "+moe"
 # What the whole stack has one of.
 SHARED = {
     "d_model",
@@ -36,8 +36,11 @@ class HybridConfig(StackConfig):
     gated MLP after it.
 
     Args (and those of `StackConfig`):
-        layers: the mixer of each block, "mamba", "mamba2", "mamba3" or "attention"; "+mlp" behind
-            the name for a gated MLP after it, of width d_intermediate.
+        layers: the mixer of each block, "mamba", "mamba2", "mamba3" or "attention"; behind the name
+            "+mlp" for a gated MLP after it, of width d_intermediate, or "+moe" for n_experts of
+            them, of which each token goes through its top_k.
+        n_experts: see there, >= 1.
+        top_k: see there, 1 to n_experts.
         n_layers: need not be given; it is the length of `layers`.
         mamba, mamba2, mamba3, attention: options of each kind of mixer, by the names of its own
             configuration, {"n_heads": 8} for instance.
@@ -48,6 +51,8 @@ class HybridConfig(StackConfig):
 
     layers: tuple[str, ...]
     n_layers: int = 0
+    n_experts: int = 8
+    top_k: int = 2
     mamba: Mapping[str, Any] = field(default_factory=dict)
     mamba2: Mapping[str, Any] = field(default_factory=dict)
     mamba3: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +60,7 @@ class HybridConfig(StackConfig):
 
     def __post_init__(self, *original: Any) -> None:
         """Check every field, and every mixer's options by making its configuration."""
-        known = [*MIXERS, *(name + MLP for name in MIXERS)]
+        known = [name + behind for behind in ("", MLP, MOE) for name in MIXERS]
         if not isinstance(self.layers, list | tuple) or not self.layers:
             raise ConfigError(f"layers={self.layers!r} must be a list of blocks: {known}")
         for name in self.layers:
@@ -68,11 +73,12 @@ class HybridConfig(StackConfig):
             )
         object.__setattr__(self, "n_layers", len(self.layers))
         super().__post_init__(*original)
-        if any(self.mlp_layers) != (self.d_intermediate > 0):
+        if any(self.feed_forwards) != (self.d_intermediate > 0):
             raise ConfigError(
-                f"d_intermediate={self.d_intermediate} must be above 0 where a block has {MLP!r}, "
-                "and only there"
+                f"d_intermediate={self.d_intermediate} must be above 0 where a block has {MLP!r} "
+                f"or {MOE!r}, and only there"
             )
+        check_experts(self)
         for kind in MIXERS:
             options = getattr(self, kind)
             if not isinstance(options, Mapping):
@@ -88,12 +94,12 @@ class HybridConfig(StackConfig):
     @property
     def mixers(self) -> tuple[str, ...]:
         """The kind of each block's mixer."""
-        return tuple(name.removesuffix(MLP) for name in self.layers)
+        return tuple(name.partition("+")[0] for name in self.layers)
 
     @property
-    def mlp_layers(self) -> tuple[bool, ...]:
-        """For each block, whether a gated MLP comes after its mixer."""
-        return tuple(name.endswith(MLP) for name in self.layers)
+    def feed_forwards(self) -> tuple[str, ...]:
+        """What comes after each block's mixer: "mlp", "moe" or ""."""
+        return tuple(name.partition("+")[2] for name in self.layers)
 
     def mixer_config(self, kind: str) -> Any:
         """The configuration of one kind of mixer: the stack's own fields, then its options."""
@@ -114,3 +120,11 @@ class HybridConfig(StackConfig):
             plain = self.mixer_config(kind).to_dict()
             values[kind] = {name: plain[name] for name in getattr(self, kind)}
         return values
+
+
+def check_experts(config: Any) -> None:
+    """Raise unless a token can go through top_k of n_experts."""
+    check_int(config, "n_experts", 1)
+    check_int(config, "top_k", 1)
+    if config.top_k > config.n_experts:
+        raise ConfigError(f"top_k={config.top_k} must not exceed n_experts={config.n_experts}")

@@ -96,14 +96,14 @@ class StackConfig:
         return -(-self.d_intermediate // self.mlp_multiple_of) * self.mlp_multiple_of
 
     @property
-    def mlp_layers(self) -> tuple[bool, ...]:
-        """For each block, whether a gated MLP comes after its mixer."""
-        return (self.d_intermediate > 0,) * self.n_layers
+    def feed_forwards(self) -> tuple[str, ...]:
+        """What comes after each block's mixer: "mlp", "moe" (experts), or "" for nothing."""
+        return ("mlp" if self.d_intermediate else "",) * self.n_layers
 
     @property
     def n_residuals(self) -> int:
         """How many branches the residual stream adds up."""
-        return self.n_layers + sum(self.mlp_layers)
+        return self.n_layers + sum(bool(kind) for kind in self.feed_forwards)
 
     def to_dict(self) -> dict[str, Any]:
         """The architecture as plain values for JSON; `from_dict` is the inverse."""

@@ -13,6 +13,7 @@ from mambapy.checkpoints.formats.huggingface import (
     HFMamba2,
     HuggingFace,
 )
+from mambapy.checkpoints.formats.jamba import HFJamba
 from mambapy.checkpoints.formats.mistral import Mistral
 from mambapy.checkpoints.formats.native import Native
 from mambapy.checkpoints.formats.official import Official
@@ -21,7 +22,7 @@ from mambapy.errors import CheckpointError
 __all__ = ["CONFIG", "WRITTEN", "Format", "Keys", "Part", "recognise", "to_write"]
 
 TRANSFORMERS: dict[str, HuggingFace] = {
-    each.model_type: each for each in (HFMamba(), HFFalconMamba(), HFMamba2(), HFBamba())
+    each.model_type: each for each in (HFMamba(), HFFalconMamba(), HFMamba2(), HFBamba(), HFJamba())
 }
 CONFIG, PARAMS = "config.json", "params.json"
 # What can be written, by the name that users give.
@@ -82,7 +83,7 @@ def to_write(name: str, model_type: str, values: Mapping[str, Any]) -> Format:
     if model_type == "mamba":
         plain = values.get("inner_norm") == "plain"
         return TRANSFORMERS["falcon_mamba" if plain else "mamba"]
-    theirs = {"mamba2": "mamba2", "hybrid": "bamba"}
+    theirs = {"mamba2": "mamba2", "hybrid": "bamba", "jamba": "jamba"}
     if model_type not in theirs:
         raise CheckpointError(f"transformers has no model for {model_type!r}; take 'official'")
     return TRANSFORMERS[theirs[model_type]]

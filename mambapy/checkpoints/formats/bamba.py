@@ -86,8 +86,8 @@ class HFBamba(HuggingFace):
         config: HybridConfig = architecture.config_of("hybrid")
         reasons = [kind for kind in set(config.mixers) if kind not in ("mamba2", "attention")]
         refuse(where, [f"{kind} layers" for kind in reasons])
-        if not all(config.mlp_layers):
-            refuse(where, ["blocks without an MLP"])
+        if set(config.feed_forwards) != {"mlp"}:
+            refuse(where, ["blocks without an MLP, or with experts"])
         attention: dict[str, Any] = {}
         if "attention" in config.mixers:
             attn = config.mixer_config("attention")

@@ -1,7 +1,7 @@
 """What a format is: a translation of config.json, and a table of names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,8 @@ class Part:
 
     Args:
         name: in the file.
-        rows: how many of our tensor's rows it has; None for all.
+        rows: how many of our tensor's rows it has; None for all. Where ours has three dimensions,
+            (n, r, d), its rows are n r of d.
     """
 
     name: str
@@ -59,6 +60,14 @@ class Format(ABC):
     def canonical(self, name: str) -> str:
         """A tensor's name in the file, as `parts` gives it; for spellings of other versions."""
         return name
+
+    def fit(self, names: Iterable[str]) -> "Format":
+        """The variant of this format that a file with these names, canonical ones, has."""
+        return self
+
+    def settle(self, names: Iterable[str], architecture: Architecture) -> dict[str, str]:
+        """{as `parts` gives it: canonical name}; for spellings that the architecture decides."""
+        return {name: name for name in names}
 
 
 class Keys:

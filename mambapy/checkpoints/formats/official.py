@@ -71,6 +71,8 @@ class Official(Format):
         stack, model = read_model(values)
         ssm, attention = values.section("ssm_cfg"), values.section("attn_cfg")
         indices = values.take("attn_layer_idx", None) or []
+        if len(set(indices)) < len(indices):
+            raise CheckpointError(f"{values.source}: attn_layer_idx={indices} names a layer twice")
         layer = ssm.take("layer", "Mamba1")
         if layer not in _LAYERS:
             raise CheckpointError(f"{ssm.source}: layer={layer!r} is not one of {[*_LAYERS]}")
@@ -101,8 +103,8 @@ class Official(Format):
         mixers = {architecture.model_type: config}
         attention: list[int] = []
         if isinstance(config, HybridConfig):
-            if len(set(config.mlp_layers)) > 1:
-                reasons.append("an MLP in some blocks only")
+            if len(set(config.feed_forwards)) > 1 or "moe" in config.feed_forwards:
+                reasons.append("an MLP in some blocks only, or experts")
             mixers = {kind: config.mixer_config(kind) for kind in config.mixers}
             attention = [i for i, kind in enumerate(config.mixers) if kind == "attention"]
         attention_config = mixers.pop("attention", None)
