@@ -77,6 +77,32 @@ def heads() -> str:
     return table(head, *rows)
 
 
+def experts() -> str:
+    """Times of a mixture of experts over those of its matrix products; nothing before a record."""
+    if not (HERE / "results" / "experts.json").exists():
+        return ""
+    found = {(c["length"], c["pass"]): c["contestants"] for c in load("experts")["cases"]}
+    names = [
+        ("its dense products", "floor"),
+        ("mambapy", "mambapy"),
+        ("one dense MLP of the same active parameters", "dense"),
+        ("transformers, loop", "transformers loop"),
+        ("transformers, grouped_mm", "transformers grouped"),
+    ]
+    columns = [found[key] for key in ((2048, "forward"), (2048, "training"), (1, "forward"))]
+    rows = [
+        [label, *[f"{one[name]['median_s'] / one['floor']['median_s']:.2f}" for one in columns]]
+        for label, name in names
+    ]
+    head = [
+        "2 of 16 experts, d_model 512, inner width 1024, 2048 tokens",
+        "forward",
+        "forward + backward",
+        "one token",
+    ]
+    return table(head, *rows)
+
+
 def train() -> str:
     """Speed and memory of training."""
     found = load("train")["cases"][0]["contestants"]
@@ -149,6 +175,7 @@ def parity() -> str:
 PARTS = {
     "block": block,
     "heads": heads,
+    "experts": experts,
     "train": train,
     "decode": decode,
     "shakespeare": shakespeare,

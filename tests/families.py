@@ -47,8 +47,10 @@ class Theirs:
         import transformers
 
         kind = getattr(transformers, f"{self.model}ForCausalLM")
+        # Their faster product of experts has no float64.
+        options = {"experts_implementation": "eager"} if self.model == "Jamba" else {}
         with InFloat64(), torch.no_grad():
-            model = kind.from_pretrained(folder, dtype=torch.float64).eval()
+            model = kind.from_pretrained(folder, dtype=torch.float64, **options).eval()
             return model(tokens, use_cache=False).logits
 
     def raw(self, folder):
@@ -57,11 +59,11 @@ class Theirs:
         for name, T in load_file(folder / "model.safetensors").items():
             name = name.replace("backbone.embeddings", "embedding")
             found[name.replace("backbone.norm_f", "norm_f")] = T
-        return bamba(found) if self.model == "Bamba" else found
+        return other_names(found) if self.model in ("Bamba", "Jamba") else found
 
 
-def bamba(found):
-    """Bamba's tensors by our names, its several in one of ours put together."""
+def other_names(found):
+    """Bamba's or Jamba's tensors by our names, their several in one of ours put together."""
     ours = {
         "embedding.weight": found.pop("model.embed_tokens.weight"),
         "norm_f.weight": found.pop("model.final_layernorm.weight"),
@@ -73,9 +75,22 @@ def bamba(found):
         here = f"backbone.layers.{i}."
         ours[f"{here}norm.weight"] = part.pop("input_layernorm.weight")
         ours[f"{here}norm2.weight"] = part.pop("pre_ff_layernorm.weight")
-        up, gate, down = (part.pop(f"feed_forward.{n}_proj.weight") for n in ("up", "gate", "down"))
-        ours[f"{here}mlp.fc1.weight"] = torch.cat((up, gate))
-        ours[f"{here}mlp.fc2.weight"] = down
+        feed = naive.below(part, "feed_forward.")
+        part = {name: T for name, T in part.items() if not name.startswith("feed_forward.")}
+        if "router.weight" in feed:
+            ours[f"{here}mlp.router.weight"] = feed["router.weight"]
+            several = range(len(feed["router.weight"]))
+            names = [[f"experts.{e}.{n}_proj.weight" for n in ("gate", "up")] for e in several]
+            ours[f"{here}mlp.fc1"] = torch.stack(
+                [torch.cat([feed[name] for name in pair]) for pair in names]
+            )
+            ours[f"{here}mlp.fc2"] = torch.stack(
+                [feed[f"experts.{e}.down_proj.weight"] for e in several]
+            )
+        else:
+            pair = (feed["up_proj.weight"], feed["gate_proj.weight"])
+            ours[f"{here}mlp.fc1.weight"] = torch.cat(pair)
+            ours[f"{here}mlp.fc2.weight"] = feed["down_proj.weight"]
         if "self_attn.q_proj.weight" in part:
             q, k, v, o = (part.pop(f"self_attn.{n}_proj.weight") for n in "qkvo")
             ours[f"{here}mixer.in_proj.weight"] = torch.cat((q, k, v))
@@ -263,5 +278,13 @@ FAMILIES = {
         {"hidden_size": 16, "intermediate_size": 128, "num_hidden_layers": 3}
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_indices": [1]}
         | {"mamba_n_heads": 8, "mamba_d_state": 5},
+    ),
+    "hf jamba": Theirs(
+        "Jamba",
+        {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 5}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}
+        | {"num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 5}
+        | {"mamba_dt_rank": 3},
     ),
 }  # fmt: skip

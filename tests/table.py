@@ -19,6 +19,7 @@ CANNOT = {
         "official mamba2attn",
         "hf",
     ): "transformers' bamba cannot express blocks without an MLP, or with experts",
+    ("hf jamba", "official"): "the official format cannot express experts",
     ("hf falcon_mamba", "official"): "the official format cannot express inner_norm='plain'",
 }
 

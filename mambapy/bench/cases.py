@@ -10,7 +10,7 @@ from typing import Any
 
 from mambapy.errors import ConfigError
 
-KINDS = ("scan", "block", "heads", "train", "decode")
+KINDS = ("scan", "block", "heads", "experts", "train", "decode")
 GIB = 1 << 30
 _LETTERS = {
     "batch": "b",
@@ -19,6 +19,9 @@ _LETTERS = {
     "d_inner": "e",
     "d_state": "n",
     "d_head": "p",
+    "d_mlp": "f",
+    "n_experts": "E",
+    "top_k": "k",
 }
 
 
@@ -28,7 +31,8 @@ class Case:
 
     Args:
         kind: one of `KINDS`.
-        sizes: batch, length, d_model or d_inner, d_state, n_layers, vocab_size, tokens.
+        sizes: batch, length, d_model or d_inner, d_state, n_layers, vocab_size, tokens; of experts
+            d_mlp, n_experts, top_k.
         contestants: names, keys of `rivals.WHO`.
         passes: "forward" and "training", or what the kind has instead.
         sweeps: the curves of the plots that this case is a point of.
@@ -130,6 +134,17 @@ def _heads(case: Case) -> Case:
     )
 
 
+def _experts(l: int, d: int, f: int, **options: Any) -> Case:
+    """16 gated MLPs of inner width f, of which each token goes through 2; batch 1."""
+    sizes = {"batch": 1, "length": l, "d_model": d, "d_mlp": f, "n_experts": 16, "top_k": 2}
+    return Case(
+        kind="experts",
+        sizes=sizes,
+        contestants=("floor", "mambapy", "dense", "transformers loop", "transformers grouped"),
+        **options,
+    )
+
+
 def _train(b: int, l: int, d: int, layers: int, vocab_size: int, **options: Any) -> Case:
     """A training step of a language model."""
     sizes = {"batch": b, "length": l, "d_model": d, "d_state": 16}
@@ -193,6 +208,11 @@ _FULL = {
         _heads(_decode(512, 768, 24, 50277, 64)),
     ],
     "decode": [_decode(512, 768, 24, 50277, 64)],
+    # One token goes in alone, as decoding does.
+    "experts": [
+        _experts(1, 512, 1024, passes=("forward",), budget_s=2.0),
+        _experts(2048, 512, 1024, budget_s=8.0),
+    ],
 }
 
 _TINY: dict[str, Any] = {"fresh": False, "budget_s": 0.0, "least_s": 0.005}
@@ -205,4 +225,5 @@ _QUICK = {
     ],
     "train": [_train(2, 16, 64, 2, 257, **_TINY)],
     "decode": [_decode(16, 64, 2, 257, 4, 1 << 24, **_TINY)],
+    "experts": [_experts(1, 64, 128, passes=("forward",), **_TINY), _experts(64, 64, 128, **_TINY)],
 }

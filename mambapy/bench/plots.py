@@ -22,6 +22,7 @@ PICTURES: dict[str, dict[str, Draw]] = {
     "block": _CURVES,
     # Few points: README's tables say it all.
     "heads": {},
+    "experts": {},
     "train": {"step": bars},
     "decode": {"speed": bars},
 }

@@ -1,5 +1,6 @@
 """What the results say of one pass of one case, as plain values for JSON."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,9 @@ from mambapy.bench.measure import Timing
 from mambapy.bench.process import Run
 
 Record = dict[str, Any]
+
+# The largest difference between outputs that should be equal, relative to the largest output.
+TOLERANCE = 1e-4
 
 
 def make(
@@ -76,6 +80,27 @@ def add_bandwidth(
             "bandwidth_fraction": 1.0,
         }
         record["contestants"] = {"floor": floor, **record["contestants"]}
+
+
+def differing(facts: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
+    """Who does something else than the first one that shows its outputs, and by how much.
+
+    Args:
+        facts: of each contestant, with `outputs` from those that have the same inputs and weights.
+    """
+    shown = {
+        name: found["outputs"] for name, found in facts.items() if found and "outputs" in found
+    }
+    wrong = {}
+    for name, outputs in [*shown.items()][1:]:
+        first, expected = next(iter(shown.items()))
+        largest = max(abs(y) for y in expected)
+        errors = [abs(a - b) / largest for a, b in zip(outputs, expected, strict=True)]
+        # Not a number is the largest error of all.
+        error = max(errors, key=lambda e: (math.isnan(e), e))
+        if not error <= TOLERANCE:
+            wrong[name] = f"its outputs differ from those of {first} by {error:.1e}"
+    return wrong
 
 
 def _tokens(case: Case, pass_: str) -> int | None:

@@ -60,6 +60,9 @@ WHO = {
     "mamba2": Who("ours.py", {"model": "mamba2"}),
     "mamba3": Who("ours.py", {"model": "mamba3"}),
     "transformers mamba2": Who("hf.py", package="transformers"),
+    "dense": Who("ours.py", {"model": "dense"}),
+    "transformers loop": Who("hf.py", {"experts": "eager"}, package="transformers"),
+    "transformers grouped": Who("hf.py", {"experts": "grouped_mm"}, package="transformers"),
 }
 
 
@@ -104,8 +107,8 @@ def expected_bytes(name: str, pass_: str, sizes: Mapping[str, int]) -> int:
     copies = forward
     if pass_ in ("training", "step"):
         copies = training + kept * (sizes.get("n_layers", 1) - 1)
-    e = sizes.get("d_inner") or 2 * sizes["d_model"]
-    return 4 * copies * sizes["batch"] * sizes["length"] * e * sizes["d_state"]
+    e, n = sizes.get("d_inner") or 2 * sizes["d_model"], sizes.get("d_state", 0)
+    return 4 * copies * sizes["batch"] * sizes["length"] * e * n
 
 
 def _version_in(folder: str) -> str:

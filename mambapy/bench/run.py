@@ -192,7 +192,11 @@ class Session:
             about = {"file": who.file, "options": {**who.options}, "sizes": sizes}
             worker.send(do="build", name=name, kind=case.kind, **about)
         facts = {name: self._facts(name, case, worker) for name, worker in workers.items()}
-        return {name: found for name, found in facts.items() if found is not None}
+        wrong = records.differing(facts)
+        for name, reason in wrong.items():
+            for pass_ in case.passes:
+                self._leave_out(name, case, pass_, reason)
+        return {n: found for n, found in facts.items() if found is not None and n not in wrong}
 
     def _facts(self, name: str, case: Case, worker: Worker) -> dict[str, Any] | None:
         """What a contestant that is being made says of itself; None if it could not be made."""

@@ -24,6 +24,9 @@ STYLES = {
     "mamba2": (BLUE, "o", "mambapy, Mamba-2"),
     "mamba3": (SKY, "v", "mambapy, Mamba-3"),
     "transformers mamba2": (GREEN, "P", "transformers, Mamba-2"),
+    "dense": (SKY, "v", "one MLP of as many active parameters"),
+    "transformers loop": (GREEN, "P", "transformers, loop over experts"),
+    "transformers grouped": (ORANGE, "^", "transformers, grouped_mm"),
 }
 
 

@@ -1,8 +1,8 @@
 """What is measured: for each kind and pass, one run of a contestant on random inputs.
 
-A contestant is a module of contestants/. It gives the library's own scan, block, language model or
-decoder; everything around them (inputs, gradients, the optimiser step, the greedy loop) is here,
-the same for all. The floor gives `products` instead, and only those are run.
+A contestant is a module of contestants/. It gives the library's own scan, block, experts, language
+model or decoder; everything around them (inputs, gradients, the optimiser step, the greedy loop) is
+here, the same for all. The floor gives `products` instead, and only those are run.
 
 worker.py loads this file by path; nothing here may import mambapy.
 """
@@ -24,6 +24,7 @@ TINY = {
     "length": 4,
     "d_model": 32,
     "d_inner": 64,
+    "d_mlp": 64,
     "n_layers": 1,
     "vocab_size": 64,
     "tokens": 2,
@@ -31,6 +32,8 @@ TINY = {
 }
 # Decoding starts after a prompt of this many tokens; its cost does not depend on how many.
 DECODE_PROMPT = 8
+# Outputs that are compared with those of others, of about this many places.
+SHOWN = 1000
 
 
 def shrink(sizes: Sizes) -> Sizes:
@@ -57,7 +60,8 @@ def build(
 
 def _floor(contestant: Any, kind: str, sizes: Sizes) -> tuple[Passes, dict[str, Any]]:
     """The matrix products alone; with `decode` also a read of much memory."""
-    products = contestant.products(kind, sizes)
+    groups = (_group_sizes(sizes),) if kind == "experts" else ()
+    products = contestant.products(kind, sizes, *groups)
 
     def forward() -> None:
         for product in products:
@@ -99,6 +103,37 @@ def _block(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Pass
     shape = sizes["batch"], sizes["length"], sizes["d_model"]
     x = torch.randn(shape).requires_grad_()
     return _forward_and_training(contestant.block(sizes, options), (x,), shape), {}
+
+
+def _experts(
+    contestant: Any, sizes: Sizes, options: dict[str, Any]
+) -> tuple[Passes, dict[str, Any]]:
+    """A mixture of experts, (b, l, d) -> (b, l, d), with the same tokens and weights for all."""
+    x, weights = _draw_experts(sizes)
+    layer = contestant.experts(sizes, options, weights)
+    facts = {}
+    if options.get("model") != "dense":
+        with torch.no_grad():
+            y = layer(x).flatten()
+        facts["outputs"] = y[:: -(-len(y) // SHOWN)].tolist()
+    return _forward_and_training(layer, (x.requires_grad_(),), tuple(x.shape)), facts
+
+
+def _draw_experts(sizes: Sizes) -> tuple[Tensor, dict[str, Tensor]]:
+    """Tokens (b, l, d), and weights: `router` (E, d), `fc1` (E, 2f, d), `fc2` (E, d, f)."""
+    d, f, E = (sizes[name] for name in ("d_model", "d_mlp", "n_experts"))
+    torch.manual_seed(0)
+    x = torch.randn(sizes["batch"], sizes["length"], d)
+    shapes = {"router": (E, d), "fc1": (E, 2 * f, d), "fc2": (E, d, f)}
+    return x, {name: torch.randn(shape) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+
+
+def _group_sizes(sizes: Sizes) -> list[int]:
+    """How many rows the router gives to each expert."""
+    x, weights = _draw_experts(sizes)
+    chosen = F.linear(x, weights["router"]).topk(sizes["top_k"], dim=-1).indices
+    groups: list[int] = chosen.flatten().bincount(minlength=sizes["n_experts"]).tolist()
+    return groups
 
 
 def _forward_and_training(
@@ -188,4 +223,11 @@ def _heads(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Pass
     return (_decode if "tokens" in sizes else _block)(contestant, sizes, options)
 
 
-_KINDS = {"scan": _scan, "block": _block, "heads": _heads, "train": _train, "decode": _decode}
+_KINDS = {
+    "scan": _scan,
+    "block": _block,
+    "heads": _heads,
+    "experts": _experts,
+    "train": _train,
+    "decode": _decode,
+}

@@ -26,7 +26,6 @@ ALIASES = {
     "mamba_d_state": "d_state",
     "mamba_d_conv": "d_conv",
     "mamba_expand": "expand",
-    "expand_factor": "expand",
     "mamba_dt_rank": "dt_rank",
     "mamba_conv_bias": "conv_bias",
     "mamba_proj_bias": "bias",
@@ -178,7 +177,10 @@ class JambaConfig(StackConfig):
             del values["d_state"]
         if kind == "mamba":
             values["inner_norm_eps"] = self.rms_norm_eps
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{kind}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The architecture as plain values for JSON; `from_dict` is the inverse."""

@@ -26,7 +26,13 @@ SIZES = {
     "mamba": ("d_conv",),
     "mamba2": ("d_conv", "d_head", "n_groups"),
     "mamba3": ("d_head", "n_groups", "mimo_rank"),
+    "jamba": (
+        *("d_conv", "d_head", "n_groups", "mixer", "n_heads", "n_kv_heads", "n_experts", "top_k"),
+        *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
+    ),
 }
+# Channels of an attention head, about, where their number is not given.
+ATTENTION_HEAD = 64
 # Share of the text that is not trained on.
 HELD_OUT_SHARE = 0.05
 
@@ -73,13 +79,41 @@ class TrainConfig:
     )
     expand: float = _setting(2.0, "inner width / d_model", above=0, fixed=True)
     d_intermediate: int | None = _setting(
-        None, "width of the MLP after each mixer [0; mamba3: 2 d_model]", least=0, fixed=True
+        None, "width of the MLP after each mixer [0; mamba3, jamba: 2 d_model]", least=0, fixed=True
     )
     d_conv: int | None = _setting(
-        None, "width of the convolution, tokens [4]; mamba, mamba2", least=1, fixed=True
+        None, "width of the convolution, tokens [4]; mamba, mamba2, jamba", least=1, fixed=True
     )
     d_head: int | None = _setting(
         None, "channels of a head [64]; mamba2, mamba3", least=1, fixed=True
+    )
+    mixer: str | None = _setting(
+        None,
+        "what is not attention [mamba]; jamba",
+        choices=("mamba", "mamba2", "mamba3"),
+        fixed=True,
+    )
+    n_heads: int | None = _setting(
+        None, f"heads of attention [d_model / {ATTENTION_HEAD}]; jamba", least=1, fixed=True
+    )
+    n_kv_heads: int | None = _setting(
+        None, "heads of its keys and values [n_heads]; jamba", least=1, fixed=True
+    )
+    attn_layer_period: int | None = _setting(
+        None, "blocks from one attention to the next [4]; jamba", least=1, fixed=True
+    )
+    attn_layer_offset: int | None = _setting(
+        None, "blocks before the first attention [2]; jamba", least=0, fixed=True
+    )
+    n_experts: int | None = _setting(
+        None, "experts of a block; 1: none [8]; jamba", least=1, fixed=True
+    )
+    top_k: int | None = _setting(None, "experts of a token [2]; jamba", least=1, fixed=True)
+    expert_layer_period: int | None = _setting(
+        None, "blocks from one with experts to the next [2]; jamba", least=1, fixed=True
+    )
+    expert_layer_offset: int | None = _setting(
+        None, "blocks before the first with experts [1]; jamba", least=0, fixed=True
     )
     n_groups: int | None = _setting(
         None, "groups of heads that share B and C [1]; mamba2, mamba3", least=1, fixed=True
@@ -105,6 +139,12 @@ class TrainConfig:
     weight_decay: float = _setting(0.1, "AdamW's decay of the matrices", least=0)
     betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW's two betas", least=0, most=1)
     eps: float = _setting(1e-8, "AdamW's epsilon", above=0)
+    aux_loss: float = _setting(
+        0.001, "weight of the loss that balances the experts' loads; jamba", least=0
+    )
+    router_z_loss: float = _setting(
+        0.0, "weight of the loss that keeps the router's logits small; jamba", least=0
+    )
     grad_clip: float = _setting(1.0, "largest norm of the gradient; 0: no clipping", least=0)
 
     dtype: str = _setting(
@@ -163,10 +203,17 @@ class TrainConfig:
     @property
     def sizes(self) -> dict[str, Any]:
         """The sizes of the architecture, for its own configuration."""
-        in_heads = self.model != "mamba"
         given = {name: getattr(self, name) for name in SIZES[self.model]}
-        mlp = 2 * self.d_model if self.model == "mamba3" else 0
+        in_heads = (self.mixer or "mamba") != "mamba" or self.model in ("mamba2", "mamba3")
+        mlp = 2 * self.d_model if self.model in ("mamba3", "jamba") else 0
+        defaults: dict[str, Any] = {}
+        if self.model == "jamba":
+            heads = max(1, self.d_model // ATTENTION_HEAD)
+            heads = next(n for n in range(heads, 0, -1) if self.d_model % n == 0)
+            defaults = {"n_heads": heads, "n_kv_heads": None, "n_experts": 8}
+            defaults |= {"attn_layer_period": 4, "attn_layer_offset": 2}
         return {
+            **defaults,
             "d_model": self.d_model,
             "n_layers": self.n_layers,
             "d_state": self.d_state or (64 if in_heads else 16),

@@ -34,7 +34,8 @@ def train(
     """Train a language model and leave it in the run folder `config.out`.
 
     The folder then holds model.safetensors and config.json (the weights of the best validation),
-    the tokenizer, last.pt (to resume from), log.jsonl, samples.txt and loss.png.
+    the tokenizer, last.pt (to resume from), log.jsonl, samples.txt, loss.png, and experts.png
+    where there are experts.
 
     Args:
         config: every setting. For a resumed run, see `state.saved_config`.
@@ -237,6 +238,8 @@ def _finish(
     if config.plot != "never":
         try:
             report.write_plot(folder / state.LOG, folder / "loss.png")
+            if "moe" in run.model.config.feed_forwards:
+                report.write_load_plot(folder / state.LOG, folder / "experts.png")
         except MissingExtraError as error:
             _say(f"no loss.png: {error}", quiet)
     return {"out": str(folder), **result, "samples": samples}

@@ -1,7 +1,9 @@
-"""What a finished run leaves to look at: loss.png and samples.txt."""
+"""What a finished run leaves to look at: loss.png, samples.txt, and experts.png of a Jamba."""
 
 import importlib.util
 from pathlib import Path
+
+import numpy as np
 
 from mambapy.checkpoints import atomic_write
 from mambapy.errors import MissingExtraError
@@ -53,6 +55,42 @@ def write_plot(log: Path, path: Path) -> None:
         axes.set_ylim(0, 1.1 * max(values))
     axes.grid(alpha=0.3)
     axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def write_load_plot(log: Path, path: Path) -> None:
+    """Draw how many tokens went to each expert over the run, a picture for each layer.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        CheckpointError: the picture cannot be written.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    lines = [line for line in read_log(log) if "expert_load" in line]
+    loads = np.array([line["expert_load"] for line in lines])  # (steps, layers, experts)
+    figure = Figure(figsize=(8, 1 + 1.6 * loads.shape[1]), layout="constrained")
+    even = loads[0].sum(axis=1)[0] / loads.shape[2]
+    for i in range(loads.shape[1]):
+        axes = figure.add_subplot(loads.shape[1], 1, i + 1)
+        ends = (lines[0]["tokens"], lines[-1]["tokens"])
+        picture = axes.imshow(
+            loads[:, i].T / even,
+            aspect="auto",
+            origin="lower",
+            interpolation="nearest",
+            extent=(*ends, -0.5, loads.shape[2] - 0.5),
+            vmin=0,
+            vmax=2,
+            cmap="RdBu_r",
+        )
+        axes.set(ylabel=f"{i + 1}. layer\nwith experts", yticks=range(loads.shape[2]))
+        if i + 1 < loads.shape[1]:
+            axes.set_xticklabels([])
+    axes.set_xlabel("tokens trained on")
+    figure.colorbar(picture, ax=figure.axes, label="load of an expert / even load")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

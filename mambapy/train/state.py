@@ -24,7 +24,7 @@ LAST = "last.pt"
 LOG = "log.jsonl"
 WEIGHTS = "model.safetensors"
 # What a run puts into its folder; `--overwrite` removes these and nothing else.
-RUN_FILES = (LAST, WEIGHTS, "config.json", LOG, "loss.png", "samples.txt")
+RUN_FILES = (LAST, WEIGHTS, "config.json", LOG, "loss.png", "experts.png", "samples.txt")
 
 _FORMAT = 1
 

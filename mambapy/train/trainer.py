@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from mambapy.errors import TrainingError
+from mambapy.experts import LoadBalance, load_balancing_loss, router_z_loss
 from mambapy.train import state
 from mambapy.train.config import TrainConfig
 from mambapy.train.data import Dataset, batch
@@ -41,6 +42,10 @@ class Trainer:
         self.folder = Path(run.config.out)
         self.device = next(run.model.parameters()).device
         self.forward = torch.compile(run.model) if run.config.compile else run.model
+        routed = "moe" in run.model.config.feed_forwards
+        self._routed = run.model.routed if routed else None
+        if routed and run.config.compile:
+            self._routed = torch.compile(run.model.routed)
         self._shown: dict[str, str] = {}
         # Step and seconds at the last plan, or where this process took the run up.
         self._mark = run.step, run.seconds
@@ -108,16 +113,16 @@ class Trainer:
         )
         run.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
+        balances: list[LoadBalance] = []
         for window in torch.split(torch.from_numpy(windows), config.batch_size):  # (b, l + 1)
             tokens = window.to(self.device)
             with self.autocast():
-                logits = self.forward(tokens[:, :-1])  # (b, l, v)
-            part = (
-                functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-                / config.accumulate
-            )
-            torch.autograd.backward(part)
-            loss += part.item()
+                logits, routing = self._logits(tokens[:, :-1])  # (b, l, v)
+            part = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            penalty, balance = self._routing(routing)
+            torch.autograd.backward((part + penalty) / config.accumulate)
+            loss += part.item() / config.accumulate
+            balances += [] if balance is None else [balance]
         norm = clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf).item()
         self._check_finite(loss, norm)
         run.optimizer.step()
@@ -129,7 +134,27 @@ class Trainer:
             "bpb": bits_per_byte(loss, len(self.data.train), self.data.train_bytes),
             "lr": lr,
             "grad_norm": norm,
+            **_described(balances),
         }
+
+    def _logits(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (b, l, v), and those of the routers where there are experts."""
+        if not self._routed:
+            return self.forward(tokens), []
+        return self._routed(tokens)
+
+    def _routing(
+        self, router_logits: list[torch.Tensor]
+    ) -> tuple[torch.Tensor | float, LoadBalance | None]:
+        """What is added to the loss for routers that are one-sided or loud; what they do."""
+        if not router_logits:
+            return 0.0, None
+        model: Any = self.run.model.config
+        balance = load_balancing_loss(router_logits, model.top_k)
+        penalty = self.config.aux_loss * balance.total
+        if self.config.router_z_loss:
+            penalty = penalty + self.config.router_z_loss * router_z_loss(router_logits)
+        return penalty, balance
 
     def validate(self) -> float:
         """Validate on part of the held-out text; keep the weights if they are the best so far."""
@@ -257,6 +282,18 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt("stopped at once; the last save is still there")
         self.asked = True
+
+
+def _described(balances: list[LoadBalance]) -> dict[str, Any]:
+    """What the log says of a step's routers: the loss, and the load of each layer's experts."""
+    if not balances:
+        return {}
+    load = torch.stack([balance.load for balance in balances]).mean(0)
+    total = torch.stack([balance.total.detach() for balance in balances]).mean()
+    return {
+        "aux_loss": float(total),
+        "expert_load": [[round(share, 4) for share in layer] for layer in load.tolist()],
+    }
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ CONTESTANTS = {
     "scan": "auto,reference",
     "block": "floor,mambapy",
     "heads": "floor,mamba2,mamba3",
+    "experts": "floor,mambapy,dense",
     "train": "floor,mambapy",
     "decode": "floor,mambapy float32,mambapy int8",
 }
@@ -37,7 +39,8 @@ def check(result, kind, names):
     assert {*result["machine"]} == {"cpu", "cores", "threads", "memory_bytes", "os", "gpu"}
     assert {"python", "mambapy", "torch"} <= {*result["versions"]}
     for record in result["cases"]:
-        assert {"name", "batch", "length", "d_state", "pass", "sweeps"} <= {*record}
+        assert {"name", "batch", "length", "pass", "sweeps"} <= {*record}
+        assert ("d_mlp" if kind == "experts" else "d_state") in record
         assert [*record["contestants"]] == names
         for one in record["contestants"].values():
             assert {*one} >= FIGURES
@@ -119,6 +122,22 @@ def test_no_one_is_asked_for_too_much(tmp_path):
         assert session.measure(scan)[0]["contestants"] == {}
         assert [line["pass"] for line in session.left_out] == ["forward", "training"]
         assert "would need about 32.0 GiB, the limit is 4.0 GiB" in session.left_out[0]["reason"]
+
+
+def test_other_outputs_have_no_figure():
+    ours = [3.0, -4.0, 0.0]
+    facts = {
+        "floor": {},
+        "mambapy": {"outputs": ours},
+        "near": {"outputs": [3.0, -4.0, 0.0003]},
+        "far": {"outputs": [3.0, -4.0, 0.0005]},
+        "broken": {"outputs": [3.0, -4.0, math.nan]},
+        "failed": None,
+    }
+    assert records.differing(facts) == {
+        "far": "its outputs differ from those of mambapy by 1.3e-04",
+        "broken": "its outputs differ from those of mambapy by nan",
+    }
 
 
 def test_full_tables():

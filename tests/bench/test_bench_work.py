@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambapy.bench import cases, work
+from mambapy.bench import cases, records, rivals, work
 from mambapy.bench.contestants import floor, ours
+from mambapy.experts import Experts
 from mambapy.lm import LM
 from mambapy.mamba import MambaBlock, MambaConfig
 from mambapy.state import ModelState
 
 SIZES = {"batch": 2, "length": 5, "d_model": 48, "d_state": 7}
+EXPERTS = {"batch": 2, "length": 5, "d_model": 48, "d_mlp": 24, "n_experts": 6, "top_k": 2}
 MODEL = {"n_layers": 3, "vocab_size": 40, "tokens": 3, "bandwidth_bytes": 1 << 16}
 
 
@@ -38,6 +40,24 @@ def test_floor_is_the_blocks_products(pass_):
     passes, _ = work.build(floor, "block", SIZES, {}, "cpu")
     found = products_flops(passes[pass_])
     assert found == products_flops(run) > 0
+
+
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+def test_floor_is_the_experts_products(pass_):
+    """All of a mixture's products but the router's."""
+    floors, _ = work.build(floor, "experts", EXPERTS, {}, "cpu")
+    passes, _ = work.build(ours, "experts", EXPERTS, {}, "cpu")
+    router = 2 * 10 * 48 * 6 * (1 if pass_ == "forward" else 3)
+    assert products_flops(floors[pass_]) + router == products_flops(passes[pass_])
+
+
+def test_group_sizes_are_those_of_the_router():
+    x, weights = work._draw_experts(EXPERTS)
+    assert all(T.count_nonzero() == T.numel() for T in (x, *weights.values()))
+    layer = Experts(48, 24, 6, 2)
+    layer.router.weight.data = weights["router"]
+    chosen = layer.routed(x)[1].topk(2).indices.flatten().tolist()
+    assert work._group_sizes(EXPERTS) == [chosen.count(e) for e in range(6)]
 
 
 def test_floor_of_a_model_is_its_products():
@@ -149,7 +169,7 @@ def test_tiny_copies_are_tiny(kind):
     for case in cases.select(kind):
         tiny = work.shrink(dict(case.sizes))
         assert tiny.keys() == case.sizes.keys()
-        assert tiny["d_state"] == case.sizes["d_state"]
+        assert tiny.get("d_state") == case.sizes.get("d_state")
         assert all(size <= 256 or key == "bandwidth_bytes" for key, size in tiny.items())
 
 
@@ -166,6 +186,27 @@ def test_transformers_builds_every_kind():
         logits, cache = decoder.prefill(torch.randint(40, (2, 5)))
         logits, cache = decoder.step(logits.argmax(-1), cache)
     assert logits.shape == (2, 40)
+
+
+def test_experts_of_all_are_the_same():
+    """Ours and both of transformers', with gradients; the dense MLP has as many products."""
+    pytest.importorskip("transformers")
+    from mambapy.bench.contestants import hf
+
+    facts, gradients = {}, {}
+    for name in ("mambapy", "transformers loop", "transformers grouped"):
+        who = rivals.WHO[name]
+        module = {"ours.py": ours, "hf.py": hf}[who.file]
+        _, facts[name] = work.build(module, "experts", EXPERTS, {**who.options}, "cpu")
+        x, weights = work._draw_experts(EXPERTS)
+        module.experts(EXPERTS, who.options, weights)(x.requires_grad_()).square().sum().backward()
+        gradients[name] = {"outputs": x.grad.flatten().tolist()}
+    assert len(facts["mambapy"]["outputs"]) == 2 * 5 * 48
+    assert records.differing(facts) == records.differing(gradients) == {}
+    dense, shown = work.build(ours, "experts", EXPERTS, {**rivals.WHO["dense"].options}, "cpu")
+    assert shown == {}
+    least, _ = work.build(floor, "experts", EXPERTS, {}, "cpu")
+    assert products_flops(dense["forward"]) == products_flops(least["forward"])
 
 
 def test_ours_decodes_with_a_state():

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from mambapy.config import MODEL_TYPES, Mamba2Config, Mamba3Config, MambaConfig, StackConfig
+from mambapy.config import (
+    MODEL_TYPES,
+    JambaConfig,
+    Mamba2Config,
+    Mamba3Config,
+    MambaConfig,
+    StackConfig,
+)
 from mambapy.errors import ConfigError
 from mambapy.train.config import DEFAULT_MINUTES, TrainConfig
 
@@ -35,7 +42,7 @@ def test_every_setting_has_a_help_text() -> None:
         ({"minutes": -1}, "minutes=-1 must be above 0"),
         ({"out": ""}, "out='' must be the path"),
         ({"backend": "fast"}, "backend='fast' must be one of auto"),
-        ({"model": "mamba4"}, "model='mamba4' must be one of mamba, mamba2, mamba3"),
+        ({"model": "mamba4"}, "model='mamba4' must be one of mamba, mamba2, mamba3, jamba"),
         ({"mimo_rank": 2}, "mimo_rank=2 is no size of mamba; it has: d_conv"),
         ({"model": "mamba3", "d_conv": 4}, "d_conv=4 is no size of mamba3; it has: d_head"),
     ],
@@ -51,6 +58,21 @@ def test_impossible_value_raises(values: dict[str, Any], message: str) -> None:
     [
         ({}, MambaConfig(d_model=192, n_layers=4)),
         ({"model": "mamba2"}, Mamba2Config(d_model=192, n_layers=4, d_state=64)),
+        (
+            {"model": "jamba", "d_model": 160, "top_k": 1},
+            JambaConfig(
+                d_model=160,
+                n_layers=4,
+                d_intermediate=320,
+                n_heads=2,
+                n_kv_heads=None,
+                d_state=16,
+                n_experts=8,
+                top_k=1,
+                attn_layer_period=4,
+                attn_layer_offset=2,
+            ),
+        ),
         (
             {"model": "mamba3", "mimo_rank": 2, "d_state": 8},
             Mamba3Config(d_model=192, n_layers=4, d_state=8, mimo_rank=2, d_intermediate=384),

@@ -323,7 +323,32 @@ def test_progress_and_messages_go_to_stderr(tiny: dict[str, Any], capsys: Any) -
         assert word in captured.err
 
 
-@pytest.mark.parametrize("model", ["mamba2", "mamba3"])
+def test_a_jamba_logs_and_draws_its_experts(tiny):
+    experts = {"n_experts": 4, "router_z_loss": 0.001, "expert_layer_period": 1}
+    tiny |= {"model": "jamba", "n_layers": 3, **experts, "expert_layer_offset": 0}
+    tiny |= {"accumulate": 2, "plot": "always"}
+    run(tiny)
+    lines = log_of(tiny, "step", "loss", "aux_loss", "expert_load")
+    assert len(lines) == 12
+    for _, _, aux, load in lines:
+        assert 1.5 < aux < 8
+        assert len(load) == 3
+        for layer in load:
+            assert len(layer) == 4
+            # Each token has two experts.
+            assert sum(layer) == pytest.approx(2, abs=1e-3)
+            assert max(layer) <= 1
+    assert (Path(tiny["out"]) / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[-1][1] < lines[0][1] - 0.2
+    # What the losses weigh changes what is learned; what is logged as loss is the text's alone.
+    heavy = {**tiny, "out": tiny["out"] + "-heavy", "aux_loss": 1.0, "router_z_loss": 0.0}
+    run(heavy)
+    other = log_of(heavy, "step", "loss", "aux_loss", "expert_load")
+    assert other[0][1] == lines[0][1]
+    assert other[-1][2] < lines[-1][2]
+
+
+@pytest.mark.parametrize("model", ["mamba2", "mamba3", "jamba"])
 def test_other_architectures_train_and_resume(tiny, monkeypatch, model):
     tiny |= {"model": model, "d_head": 8}
     whole = {**tiny, "out": tiny["out"] + "-whole"}

@@ -9,10 +9,14 @@ A block of Mamba-2, h heads of p channels, has two projections, and for each chu
     Q K^T  (q, n) (n, q)      M X  (q, q) (q, p) for each head
     Q S    (q, n) (n, h p)    K^T X  (n, q) (q, h p)
 
-with the q that makes them fastest here. A language model adds its head, d -> vocab_size. In
-training each product brings two more, for the gradients of its two factors. Loss, optimiser, norms,
-convolution and recurrence are no part of it, and neither is taking memory: all results are written
-to where there was room before.
+with the q that makes them fastest here. Experts of inner width f have two each, for the rows that
+the router gives them, which lie side by side already:
+
+    fc1  d -> 2f        fc2  f -> d
+
+A language model adds its head, d -> vocab_size. In training each product brings two more, for the
+gradients of its two factors. Loss, optimiser, norms, convolution, recurrence and routing are no
+part of it, and neither is taking memory: all results are written to where there was room before.
 """
 
 import math
@@ -98,8 +102,23 @@ def heads_shapes(rows: int, d: int, n: int, p: int) -> list[tuple[int, int, int]
     return [(rows, d, 4 * d + 2 * n + 2 * d // p), (rows, 2 * d, d)]
 
 
-def products(kind: str, sizes: dict[str, int]) -> list[Product | Chunks]:
-    """The products of a block, a training step, or a prefill that keeps the last logits."""
+def experts_shapes(groups: list[int], d: int, f: int) -> list[tuple[int, int, int]]:
+    """The (rows, inputs, outputs) of the two products of each expert that has rows."""
+    return [shape for rows in groups if rows for shape in ((rows, d, 2 * f), (rows, f, d))]
+
+
+def products(
+    kind: str, sizes: dict[str, int], groups: list[int] | None = None
+) -> list[Product | Chunks]:
+    """The products of a block, a training step, or a prefill that keeps the last logits.
+
+    Args:
+        kind: of the case.
+        sizes: of the case.
+        groups: rows of each expert; without it, there are none.
+    """
+    if groups is not None:
+        return [Product(*s) for s in experts_shapes(groups, sizes["d_model"], sizes["d_mlp"])]
     rows, d, layers = sizes["batch"] * sizes["length"], sizes["d_model"], sizes.get("n_layers", 1)
     chunks: list[Chunks] = []
     if "d_head" in sizes:

@@ -1,4 +1,4 @@
-"""transformers' Mamba and Mamba-2, without the CUDA kernels: in plain PyTorch.
+"""transformers' Mamba, Mamba-2 and Jamba's experts, without the CUDA kernels: in plain PyTorch.
 
 Mamba scans a step at a time, Mamba-2 works in chunks.
 """
@@ -21,6 +21,26 @@ def block(sizes: Sizes, options: Options) -> nn.Module:
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     mixer: nn.Module = getattr(module, name)(_config(sizes), layer_idx=0)
     return mixer
+
+
+def experts(sizes: Sizes, options: Options, weights: dict[str, Tensor]) -> nn.Module:
+    """Jamba's experts with these weights, in the implementation of the options."""
+    config = theirs.JambaConfig(
+        hidden_size=sizes["d_model"],
+        intermediate_size=sizes["d_mlp"],
+        num_experts=sizes["n_experts"],
+        num_experts_per_tok=sizes["top_k"],
+        experts_implementation=options["experts"],
+    )
+    module = importlib.import_module("transformers.models.jamba.modeling_jamba")
+    layer: nn.Module = module.JambaSparseMoeBlock(config)
+    own = {
+        "router.weight": weights["router"],
+        "experts.gate_up_proj": weights["fc1"],
+        "experts.down_proj": weights["fc2"],
+    }
+    layer.load_state_dict(own)
+    return layer
 
 
 def language_model(sizes: Sizes, options: Options) -> "Model":

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import ops
+from mambapy.block import GatedMLP
 from mambapy.config import MODEL_TYPES, StackConfig
+from mambapy.experts import Experts
 from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
 
@@ -40,6 +42,17 @@ def block(sizes: Sizes, options: Options) -> nn.Module:
     config = _config(sizes, options)
     model = STACKS[type(config)](config)
     return model.layers[0].mixer
+
+
+def experts(sizes: Sizes, options: Options, weights: dict[str, Tensor]) -> nn.Module:
+    """A mixture of experts with these weights, or one MLP with as many active parameters."""
+    d, f, k = sizes["d_model"], sizes["d_mlp"], sizes["top_k"]
+    if options.get("model") == "dense":
+        return GatedMLP(d, k * f)
+    layer = Experts(d, f, sizes["n_experts"], k)
+    own = {"router.weight": weights["router"], "fc1": weights["fc1"], "fc2": weights["fc2"]}
+    layer.load_state_dict(own)
+    return layer
 
 
 def language_model(sizes: Sizes, options: Options) -> LM:

@@ -95,6 +95,8 @@ class Official(Format):
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Translate to their MambaConfig; layers that differ must be of one kind and attention."""
         config, where = architecture.config, "the official format"
+        if architecture.model_type == "jamba":
+            refuse(where, ["experts"])
         reasons = unlike(architecture, rms_norm_eps=1e-5)
         if architecture.quantized:
             reasons.append(f"weights in {architecture.quantized}")
