@@ -31,6 +31,7 @@ bench: $(VENV)/installed-dev $(RIVALS)
 	$(BIN)/mambapy bench scan --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench block --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench heads $(BENCH)
+	$(BIN)/mambapy bench experts $(BENCH)
 	$(BIN)/mambapy bench train --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench decode --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench plot

@@ -93,16 +93,19 @@ def run_experts(x: Tensor, chosen: Tensor, p: Tensor, fc1: Tensor, fc2: Tensor) 
     # Back to each token's own place: a sum of k terms in a fixed order, not a scattered one.
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     y = y[back].unflatten(0, (-1, k))  # (t, k, d)
-    return torch.einsum("tkd,tk->td", y, p.to(y.dtype))
+    # An einsum would be t tiny products.
+    return (y * p.to(y.dtype)[:, :, None]).sum(dim=1)
 
 
 def _looped(rows: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
     """Each present expert's product on its rows (t k, d)."""
     parts = []
-    for e, part in enumerate(rows.split(counts.tolist())):
+    # Unbound at once: the gradient of fc1[e] would be a whole fc1 of zeros for every expert.
+    weights = zip(rows.split(counts.tolist()), fc1.unbind(), fc2.unbind(), strict=True)
+    for part, W1, W2 in weights:
         if len(part):
-            gate, up = F.linear(part, fc1[e]).chunk(2, dim=-1)
-            parts.append(F.linear(F.silu(gate) * up, fc2[e]))
+            gate, up = F.linear(part, W1).chunk(2, dim=-1)
+            parts.append(F.linear(F.silu(gate) * up, W2))
     return torch.cat(parts)
 
 
