@@ -88,25 +88,29 @@ def run_experts(x: Tensor, chosen: Tensor, p: Tensor, fc1: Tensor, fc2: Tensor) 
     # (t k) the pairs of a token and an expert, those of one expert side by side.
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=len(fc1))
-    rows = x[order // k]  # (t k, d)
-    y = _grouped(rows, counts, fc1, fc2) if _has_grouped_mm(x) else _looped(rows, counts, fc1, fc2)
+    token, p = order // k, p.flatten()[order].to(x.dtype)[:, None]
+    if not _has_grouped_mm(x):
+        return _looped(x, token, p, counts, fc1, fc2)
     # Back to each token's own place: a sum of k terms in a fixed order, not a scattered one.
+    y = p * _grouped(x[token], counts, fc1, fc2)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    y = y[back].unflatten(0, (-1, k))  # (t, k, d)
-    # An einsum would be t tiny products.
-    return (y * p.to(y.dtype)[:, :, None]).sum(dim=1)
+    return y[back].unflatten(0, (-1, k)).sum(dim=1)
 
 
-def _looped(rows: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    """Each present expert's product on its rows (t k, d)."""
-    parts = []
+def _looped(
+    x: Tensor, token: Tensor, p: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor
+) -> Tensor:
+    """Each present expert on its tokens, one after the other."""
+    y = torch.zeros_like(x)
+    places = counts.tolist()
     # Unbound at once: the gradient of fc1[e] would be a whole fc1 of zeros for every expert.
-    weights = zip(rows.split(counts.tolist()), fc1.unbind(), fc2.unbind(), strict=True)
-    for part, W1, W2 in weights:
-        if len(part):
-            gate, up = F.linear(part, W1).chunk(2, dim=-1)
-            parts.append(F.linear(F.silu(gate) * up, W2))
-    return torch.cat(parts)
+    weights = zip(token.split(places), p.split(places), fc1.unbind(), fc2.unbind(), strict=True)
+    for index, share, W1, W2 in weights:
+        if len(index):
+            gate, up = F.linear(x[index], W1).chunk(2, dim=-1)
+            # Each token once for each expert, in the order of the experts: the same bits each time.
+            y.index_add_(0, index, share * F.linear(F.silu(gate) * up, W2))
+    return y
 
 
 def _grouped(rows: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
