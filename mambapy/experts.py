@@ -85,6 +85,8 @@ def run_experts(x: Tensor, chosen: Tensor, p: Tensor, fc1: Tensor, fc2: Tensor) 
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, fc1, fc2 = x.to(dtype), fc1.to(dtype), fc2.to(dtype)
+    if len(x) == 1 and not x.is_cuda:
+        return _one_token(x, chosen[0].tolist(), p[0].to(x.dtype), fc1, fc2)
     # (t k) the pairs of a token and an expert, those of one expert side by side.
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=len(fc1))
@@ -110,6 +112,15 @@ def _looped(
             gate, up = F.linear(x[index], W1).chunk(2, dim=-1)
             # Each token once for each expert, in the order of the experts: the same bits each time.
             y.index_add_(0, index, share * F.linear(F.silu(gate) * up, W2))
+    return y
+
+
+def _one_token(x: Tensor, chosen: list[int], p: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    """The same for x (1, d), with nothing to sort: decoding."""
+    y = torch.zeros_like(x)
+    for e, share in zip(chosen, p, strict=True):
+        gate, up = F.linear(x, fc1[e]).chunk(2, dim=-1)
+        y = y + share * F.linear(F.silu(gate) * up, fc2[e])
     return y
 
 
