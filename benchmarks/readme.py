@@ -3,6 +3,7 @@
 A test compares README with what this file makes.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -172,6 +173,26 @@ def parity() -> str:
     )
 
 
+def jamba() -> str:
+    """What experts gave on the same text, by token and by second."""
+    runs = load("jamba")["runs"]
+    moe, dense = runs["moe"], runs["dense"]
+    tokens, bpb = moe["held_out"][-1]
+    (t0, v0), (t1, v1) = next(
+        pair for pair in itertools.pairwise(dense["held_out"]) if pair[1][0] > tokens
+    )
+    then = v0 + (v1 - v0) * (tokens - t0) / (t1 - t0)
+    return (
+        f"Trained for {dense['seconds'] / 60:.0f} minutes on two cores by "
+        "[benchmarks/jamba.py](benchmarks/jamba.py), on English novels: after\n"
+        f"{tokens / 1e6:.2f} million bytes a Jamba with 2 of 8 experts in each block stood at "
+        f"**{bpb:.2f} bits a byte** of held-out text, a\ndense one with as many active "
+        f"parameters at {then:.2f}. The dense one is the faster to train: in the same minutes it "
+        f"read\n{dense['tokens'] / moe['tokens']:.1f} times as much, and stood at "
+        f"{dense['held_out'][-1][1]:.2f}."
+    )
+
+
 PARTS = {
     "block": block,
     "heads": heads,
@@ -180,6 +201,7 @@ PARTS = {
     "decode": decode,
     "shakespeare": shakespeare,
     "parity": parity,
+    "jamba": jamba,
 }
 
 
