@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         Mamba2Config,
         Mamba3Config,
         MambaConfig,
+        VimConfig,
     )
     from mambapy.heads import Regressor, SequenceClassifier, SeriesModel, TokenClassifier
     from mambapy.hybrid import Hybrid
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mambapy.mamba2 import Mamba2, Mamba2Block
     from mambapy.mamba3 import Mamba3, Mamba3Block
     from mambapy.tokenizer import ByteTokenizer
+    from mambapy.vim import VisionMamba, VMamba
 
 __version__ = "2.0.0.dev0"
 
@@ -48,6 +50,9 @@ __all__ = [
     "SequenceClassifier",
     "SeriesModel",
     "TokenClassifier",
+    "VMamba",
+    "VimConfig",
+    "VisionMamba",
     "__version__",
     "from_pretrained",
 ]
@@ -69,6 +74,9 @@ _HOMES = {
     "Jamba": "jamba",
     "JambaConfig": "config",
     "JambaLM": "jamba_lm",
+    "VMamba": "vim",
+    "VimConfig": "config",
+    "VisionMamba": "vim",
     "HybridConfig": "config",
     "Regressor": "heads",
     "SequenceClassifier": "heads",

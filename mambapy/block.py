@@ -126,7 +126,13 @@ class ResidualBlock(nn.Module):
         d_model: d.
         eps: of the norms.
         mlp: (..., d) -> (..., d), or None.
+
+    Attributes:
+        drop_path: probability that a row of a training batch skips the mixer; the others' is made
+            up for it.
     """
+
+    drop_path = 0.0
 
     def __init__(
         self, mixer: Mixer[Any], d_model: int, eps: float, mlp: GatedMLP | Experts | None = None
@@ -154,7 +160,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
         """Map the residual stream (b, l, d) to the next."""
-        return self._after(x + self.mixer(self.norm(x), ragged))
+        y = self.mixer(self.norm(x), ragged)
+        if self.training and self.drop_path:
+            y = y * (torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path).to(y.dtype)
+            y = y / (1 - self.drop_path)
+        return self._after(x + y)
 
     def routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor | None]:
         """The same, and the router's logits (b, l, E) where there are experts."""

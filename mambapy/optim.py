@@ -15,18 +15,21 @@ from mambapy.errors import ConfigError
 # role -> (pattern of the name's end, does weight decay apply?); the first match decides. A tied
 # head has no name of its own and so counts as the embedding; an untied one is a matrix.
 ROLES: dict[str, tuple[str, bool]] = {
-    "A_log": (r"A_log", False),
-    "D": (r"D", False),
-    "dt_bias": (r"dt_bias|dt_proj\.bias", False),
+    "A_log": (r"A(_b)?_log", False),
+    "D": (r"D(_b)?", False),
+    "dt_bias": (r"dt_bias(_b)?|dt_proj(_b)?\.bias", False),
     "BC_bias": (r"[BC]_bias", False),
     "mimo": (r"mimo_[xzo]", False),
     "init_states": (r"init_states", False),
     "norm": (r"([BC]_)?norm(2|_f)?\.(weight|bias)|(dt|b|c)_layernorm\.weight", False),
     "bias": (r"bias", False),
-    "embedding": (r"embedding\.weight", False),
-    "conv": (r"conv1d\.weight", True),
+    "embedding": (r"embedding\.weight|pos_embed|cls_token", False),
+    "conv": (r"conv1d(_b)?\.weight|patch_embed\.weight", True),
     "experts": (r"mlp\.fc[12]", True),
-    "matrix": (r"(in_proj|x_proj|dt_proj|out_proj|fc1|fc2|lm_head|head|router)\.weight", True),
+    "matrix": (
+        r"(in_proj|x_proj(_b)?|dt_proj(_b)?|out_proj|fc1|fc2|lm_head|head|router)\.weight",
+        True,
+    ),
 }
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps"}

@@ -98,6 +98,12 @@ class Ragged:
         y = torch.where(_like(real, y), y, 0)
         return torch.zeros_like(y).scatter(1, _like(self.order, y), y)
 
+    def clear(self, x: Tensor) -> Tensor:
+        """Packed x (b, l, e) with zeros at the padding."""
+        if self.lengths is None:
+            return x
+        return x.masked_fill(~_within(self.lengths, x.shape[1])[:, :, None], 0.0)
+
     def last(self, y: Tensor, n: int) -> Tensor:
         """(b, n, d) of packed y: each row's last n real tokens; a short row repeats its first."""
         if self.lengths is None:

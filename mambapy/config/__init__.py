@@ -19,6 +19,7 @@ from mambapy.config.mixers import (
     MambaConfig,
 )
 from mambapy.config.stack import BACKENDS, StackConfig
+from mambapy.config.vim import VimConfig
 
 # What our config.json calls each kind of stack.
 MODEL_TYPES: dict[str, type[StackConfig]] = {
@@ -40,4 +41,5 @@ __all__ = [
     "Mamba3Config",
     "MambaConfig",
     "StackConfig",
+    "VimConfig",
 ]
