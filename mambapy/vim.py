@@ -11,17 +11,20 @@ Letters: b batch, c channels, H x W image, l patches (and the class token), d em
 Source: Zhu et al. 2024 (arXiv 2401.09417), and its code.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambapy import checkpoints
 from mambapy.bidirectional import BiMamba2Block, BiMambaBlock
 from mambapy.config import Mamba2Config, MambaConfig, VimConfig
-from mambapy.errors import ConfigError, ShapeError
-from mambapy.layers import RMSNorm
+from mambapy.errors import CheckpointError, ConfigError, ShapeError
+from mambapy.layers import RMSNorm, wide, wide_names
 from mambapy.ragged import Ragged
 from mambapy.stack import Stack
 
@@ -31,6 +34,7 @@ __all__ = [
     "VMamba",
     "VimConfig",
     "VisionMamba",
+    "from_pretrained",
     "vim_base",
     "vim_small",
     "vim_tiny",
@@ -181,6 +185,68 @@ class VisionMamba(nn.Module):
         maps = [found[i] for i in wanted]
         return maps if intermediates_only else (self.norm_f(x), maps)
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write model.safetensors and config.json to a folder.
+
+        Raises:
+            CheckpointError: the head is another than the configuration's number of classes says,
+                or a file could not be written; the earlier one is then still there.
+        """
+        config = dataclasses.replace(self.config, num_classes=self.num_classes)
+        checkpoints.save_vision(directory, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        file_or_dir: str | Path,
+        *,
+        class_token: str = "middle",
+        img_size: int = 224,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> "VisionMamba":
+        """A trained model, in eval mode, every tensor as in the file.
+
+        Args:
+            file_or_dir: what `save_pretrained` wrote; a .pth file of hustvl/Vim, or a folder with
+                one; or a name on the Hugging Face hub ("hustvl/Vim-tiny-midclstok").
+            class_token: where it stands, which such a file does not say: "middle" in all published.
+            img_size: what such a file was trained on.
+            dtype: of the weights; the file's without it. A_log, D and dt's bias stay in float32.
+            device: where to put them; the CPU without it.
+            revision: a branch, tag or commit on the hub.
+
+        Raises:
+            CheckpointError: the checkpoint is nowhere, damaged or of something else, or a tensor is
+                missing, unexpected or of another shape.
+        """
+        path = Path(file_or_dir)
+        path = path if path.is_file() else checkpoints.find(file_or_dir, revision)
+        config, weights = checkpoints.open_vision(path, class_token, img_size)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        problems = [
+            f"{n} {tuple(expected[n].shape)} is missing" for n in set(expected) - set(weights)
+        ]
+        problems += [
+            f"{n} {tuple(weights[n].shape)} is unexpected" for n in set(weights) - set(expected)
+        ]
+        problems += [
+            f"{n} is {tuple(weights[n].shape)} and should be {tuple(expected[n].shape)}"
+            for n in set(weights) & set(expected)
+            if weights[n].shape != expected[n].shape
+        ]
+        if problems:
+            raise CheckpointError(f"{path}: {'; '.join(sorted(problems)[:8])}")
+        kept_wide = wide_names(model)
+        for name, T in weights.items():
+            wanted = T.dtype if dtype is None else dtype
+            weights[name] = T.to(device, wide(wanted) if name in kept_wide else wanted)
+        model.load_state_dict(weights, assign=True)
+        return model.eval()
+
     def get_classifier(self) -> nn.Module:
         """The head."""
         return self.head
@@ -267,3 +333,8 @@ def vim_small(**options: Any) -> VisionMamba:
 def vim_base(**options: Any) -> VisionMamba:
     """Vim-B: d 768, 24 blocks; options are those of `VimConfig`."""
     return VisionMamba(VimConfig(**{"embed_dim": 768, **options}))
+
+
+def from_pretrained(file_or_dir: str | Path, **options: Any) -> VisionMamba:
+    """A trained Vision Mamba; see `VisionMamba.from_pretrained`."""
+    return VisionMamba.from_pretrained(file_or_dir, **options)

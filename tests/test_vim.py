@@ -1,5 +1,6 @@
 """Vision Mamba: numbers against the specification, images of any size, padding both ways."""
 
+import argparse
 import math
 
 import pytest
@@ -8,9 +9,16 @@ import torch.nn.functional as F
 
 from mambapy.bidirectional import BiMamba2Block, BiMambaBlock
 from mambapy.config import Mamba2Config, MambaConfig, VimConfig
-from mambapy.errors import ConfigError, ShapeError
+from mambapy.errors import CheckpointError, ConfigError, ShapeError
 from mambapy.optim import make_optimizer
-from mambapy.vim import VisionMamba, VMamba, vim_base, vim_small, vim_tiny
+from mambapy.vim import (
+    VisionMamba,
+    VMamba,
+    from_pretrained,
+    vim_base,
+    vim_small,
+    vim_tiny,
+)
 from tests.helpers import assert_near
 
 TINY = {"img_size": 12, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_classes": 5}
@@ -263,3 +271,85 @@ def test_blocks_alone():
         BiMambaBlock(MambaConfig(d_model=8, n_layers=1, inner_norm="plain"))
     with pytest.raises(ConfigError, match="config must be a MambaConfig or Mamba2Config"):
         VMamba(VimConfig(**TINY))
+
+
+def publish(model, path):
+    """A file as hustvl/Vim's trainer writes it."""
+    extra = {"epoch": 299, "args": argparse.Namespace(model="vim_tiny", lr=0.001)}
+    torch.save({"model": published_names(model), **extra}, path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embed_dim": 192, "img_size": 224, "patch_size": 16, "depth": 2, "num_classes": 10},
+        {"img_size": 32, "patch_size": 4},
+        {"img_size": 32, "patch_size": 8, "stride": 4},
+        {"img_size": 32, "patch_size": 8, "in_chans": 1, "mixer_options": {"d_state": 4}},
+    ],
+    ids=["tiny", "small image", "overlapping", "grey"],
+)
+def test_a_published_file(tmp_path, changes):
+    """vim_t_midclstok's layout with random numbers, against the naive forward in float64."""
+    model = tiny(torch.float32, **changes)
+    publish(model, tmp_path / "vim_t_midclstok.pth")
+    size = model.config.sizes("img_size")[0]
+    images = torch.randn(2, model.config.in_chans, size, size, dtype=torch.float64)
+    w = {name: T.double() for name, T in published_names(model).items()}
+    expected = naive_vim(w, images, model.config.sizes("stride")[0])
+    for path in (tmp_path, tmp_path / "vim_t_midclstok.pth"):
+        loaded = from_pretrained(path, dtype=torch.float64, img_size=size)
+        assert not loaded.training
+        assert_near(loaded(images), expected, 1e-10)
+    single = from_pretrained(tmp_path, img_size=size)
+    for name, T in model.state_dict().items():
+        assert torch.equal(single.state_dict()[name], T), name
+    assert_near(single(images.float()), expected, 1e-5)
+    half = from_pretrained(tmp_path, img_size=size, dtype=torch.bfloat16)
+    assert half.backbone.layers[0].mixer.A_b_log.dtype == torch.float32
+    assert half.head.weight.dtype == torch.bfloat16
+
+
+def test_what_does_not_match_a_published_file(tmp_path):
+    model = tiny(torch.float32, img_size=32, patch_size=4)
+    good = published_names(model)
+    path = tmp_path / "vim.pth"
+    for change, message in {
+        lambda w: w.update(extra=torch.ones(2)): r"extra \(2,\) is unexpected",
+        lambda w: w.pop("layers.1.mixer.D_b"): r"backbone.layers.1.mixer.D_b \(16,\) is missing",
+        lambda w: w.update({"norm_f.weight": torch.ones(3)}): (
+            r"norm_f.weight is \(3,\) and should be \(8,\)"
+        ),
+        lambda w: w.pop("patch_embed.proj.weight"): "is no Vision Mamba: it has no 'patch_embed",
+        lambda w: w.update(pos_embed=torch.ones(1, 8, 8)): "7 patches of 4 x 4 do not cover",
+    }.items():
+        w = dict(good)
+        change(w)
+        torch.save({"model": w}, path)
+        with pytest.raises(CheckpointError, match=message):
+            from_pretrained(path, img_size=32)
+    path.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="is damaged or no file of tensors"):
+        from_pretrained(path)
+    torch.save([1], path)
+    with pytest.raises(CheckpointError, match="holds no dict of tensors"):
+        from_pretrained(path)
+    (tmp_path / "other.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has no config.json and 2 \.pth files"):
+        from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no folder /nowhere/vim\.pth"):
+        from_pretrained("/nowhere/vim.pth")
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_saved_and_loaded(tmp_path, mixer):
+    options = {"d_head": 4, "d_state": 4} if mixer == "mamba2" else {}
+    model = tiny(torch.float32, mixer=mixer, mixer_options=options, img_size=(8, 12))
+    model.reset_classifier(7)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config.num_classes == 7
+    for name, T in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], T)
+    images = torch.randn(1, 3, 8, 12)
+    assert_near(loaded(images), model.eval()(images), 1e-5)

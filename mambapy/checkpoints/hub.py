@@ -8,7 +8,11 @@ from mambapy.errors import CheckpointError
 
 # What a checkpoint may consist of, tokenizer included; nothing that is code.
 _SMALL = ["*.json", "tokenizer.model", "*.txt", "tokenizer.byte"]
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors")
+_WEIGHTS = (
+    *("model*.safetensors", "pytorch_model*.bin", "consolidated*.safetensors"),
+    # Vision Mamba's, which have no configuration beside them.
+    "*.pth",
+)
 
 
 def find(name: str | Path, revision: str | None = None) -> Path:
@@ -51,7 +55,7 @@ def find(name: str | Path, revision: str | None = None) -> Path:
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
     """The folder in the Hugging Face cache, if all of a checkpoint is there."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     for config in ("config.json", "params.json"):
         path = try_to_load_from_cache(name, config, revision=revision)
@@ -64,7 +68,15 @@ def _in_cache(name: str, revision: str | None) -> Path | None:
             (folder / shard).is_file() for shard in wanted
         ):
             return folder
-    return None
+    try:
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, local_files_only=True, allow_patterns="*.pth"
+            )
+        )
+    except (OSError, ValueError):  # it is not in the cache
+        return None
+    return folder if any(folder.glob("*.pth")) else None
 
 
 def _shards(index: Path) -> set[str]:
