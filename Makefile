@@ -32,6 +32,7 @@ bench: $(VENV)/installed-dev $(RIVALS)
 	$(BIN)/mambapy bench block --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench heads $(BENCH)
 	$(BIN)/mambapy bench experts $(BENCH)
+	$(BIN)/mambapy bench vision $(BENCH)
 	$(BIN)/mambapy bench train --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench decode --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench plot

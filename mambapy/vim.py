@@ -11,7 +11,9 @@ Letters: b batch, c channels, H x W image, l patches (and the class token), d em
 Source: Zhu et al. 2024 (arXiv 2401.09417), and its code.
 """
 
+import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +91,12 @@ class VisionMamba(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, d)) if has_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, patches + has_token, d))
         self.backbone = VMamba(config.stack(), config.drop_path_rate)
-        self.norm_f = RMSNorm(d, self.backbone.config.rms_norm_eps)
+        # What timm asks for: each block's channels, and pixels for one step of its maps.
+        self.feature_info = [
+            {"module": f"backbone.layers.{i}", "num_chs": d, "reduction": config.sizes("stride")[0]}
+            for i in range(config.depth)
+        ]
+        self.norm_f: Any = RMSNorm(d, self.backbone.config.rms_norm_eps)
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(config.num_classes)
         self._reset_own_parameters()
@@ -163,16 +170,9 @@ class VisionMamba(nn.Module):
         Raises:
             ConfigError: a block does not exist, or the format is unknown.
         """
-        depth = self.config.depth
-        if indices is None:
-            indices = range(depth)
-        elif isinstance(indices, int):
-            indices = range(depth - indices, depth)
-        if wrong := [i for i in indices if not -depth <= i < depth]:
-            raise ConfigError(f"indices: there is no block {wrong[0]} of {depth}")
+        wanted = self._chosen(indices)
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"output_fmt={output_fmt!r} must be NCHW or NLC")
-        wanted = [i % depth for i in indices]
         x, grid = self._tokens(images)
         found = {}
         for i, layer in enumerate(self.backbone.layers):
@@ -184,6 +184,34 @@ class VisionMamba(nn.Module):
                 found[i] = patches
         maps = [found[i] for i in wanted]
         return maps if intermediates_only else (self.norm_f(x), maps)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Take away the blocks behind the last wanted one, and the head: timm's `features_only`.
+
+        Returns:
+            The wanted blocks, counted from 0.
+        """
+        wanted = self._chosen(indices)
+        layers: Any = self.backbone.layers
+        del layers[max(wanted) + 1 :]
+        if prune_head:
+            self.reset_classifier(0)
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        return wanted
+
+    def _chosen(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Which blocks are meant, counted from 0."""
+        depth = len(self.backbone.layers)
+        if indices is None:
+            indices = range(depth)
+        elif isinstance(indices, int):
+            indices = range(depth - indices, depth)
+        if wrong := [i for i in indices if not -depth <= i < depth]:
+            raise ConfigError(f"indices: there is no block {wrong[0]} of {depth}")
+        return [i % depth for i in indices]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write model.safetensors and config.json to a folder.
@@ -254,7 +282,7 @@ class VisionMamba(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new head for that many classes; 0 for none."""
         self.num_classes = num_classes
-        like = self.norm_f.weight
+        like = self.pos_embed
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.config.embed_dim, num_classes).to(like.device, like.dtype)
@@ -338,3 +366,14 @@ def vim_base(**options: Any) -> VisionMamba:
 def from_pretrained(file_or_dir: str | Path, **options: Any) -> VisionMamba:
     """A trained Vision Mamba; see `VisionMamba.from_pretrained`."""
     return VisionMamba.from_pretrained(file_or_dir, **options)
+
+
+def _register_with_timm() -> None:
+    """Make the presets known to timm, where it is installed and can be imported."""
+    if importlib.util.find_spec("timm") is not None:
+        # timm needs torchvision, which may be missing or of another torch; then there is no timm.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("mambapy.timm_models")
+
+
+_register_with_timm()

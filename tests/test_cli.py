@@ -110,7 +110,7 @@ def test_help_and_version_load_no_torch() -> None:
         (["convert", "a"], "the following arguments are required: DST, --format"),
         (["convert", "a", "b", "--format", "gguf"], "argument --format: invalid choice: 'gguf'"),
         (["convert", "./gone", "OUT", "--format", "hf"], "there is no folder ./gone"),
-        (["bench"], "required: scan | block | heads | train | decode | plot"),
+        (["bench"], "required: scan | block | heads | experts | vision | train | decode | plot"),
         (["bench", "block", "--threads", "0"], "--threads 0 must be at least 1"),
         (["bench", "plot", "--results", "OUT"], "no such folder"),
     ],

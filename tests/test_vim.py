@@ -353,3 +353,30 @@ def test_saved_and_loaded(tmp_path, mixer):
         assert torch.equal(loaded.state_dict()[name], T)
     images = torch.randn(1, 3, 8, 12)
     assert_near(loaded(images), model.eval()(images), 1e-5)
+
+
+def test_timm():
+    """Where timm can be imported: it needs torchvision, which has no build for every torch."""
+    timm = pytest.importorskip("timm", reason="timm, or its torchvision, cannot be imported here")
+    model = timm.create_model("vim_tiny_patch16_224.mambapy", num_classes=7, depth=2, img_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    assert isinstance(model, VisionMamba)
+    assert model(images).shape == (2, 7)
+    assert model.default_cfg["input_size"] == (3, 224, 224)
+    assert "vim_small_patch16_224" in timm.list_models("vim_*")
+    features = timm.create_model(
+        "vim_tiny_patch16_224", features_only=True, out_indices=(0, 2), depth=4, img_size=32
+    )
+    assert [m.shape for m in features(images)] == [(2, 192, 2, 2)] * 2
+    assert features.feature_info.channels() == [192, 192]
+
+
+def test_pruned_for_its_features():
+    model = tiny(depth=4)
+    images = torch.randn(1, 3, 12, 12, dtype=torch.float64)
+    expected = model.forward_intermediates(images, [0, 2], intermediates_only=True)
+    wanted = model.prune_intermediate_layers([0, -2], prune_norm=True)
+    assert (wanted, len(model.backbone.layers)) == ([0, 2], 3)
+    found = model.forward_intermediates(images, wanted, intermediates_only=True)
+    for got, want in zip(found, expected, strict=True):
+        assert_near(got, want, 1e-12)

@@ -1,4 +1,4 @@
-"""Benchmarks: `mambapy bench scan | block | heads | experts | train | decode | plot`.
+"""Benchmarks: `mambapy bench scan | block | heads | experts | vision | train | decode | plot`.
 
 options (the flags), cases (tables of what is measured), rivals (who is measured, and where from),
 measure (rounds and statistics), process and worker (each contestant runs in a process of its own),

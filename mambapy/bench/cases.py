@@ -10,7 +10,7 @@ from typing import Any
 
 from mambapy.errors import ConfigError
 
-KINDS = ("scan", "block", "heads", "experts", "train", "decode")
+KINDS = ("scan", "block", "heads", "experts", "vision", "train", "decode")
 GIB = 1 << 30
 _LETTERS = {
     "batch": "b",
@@ -145,6 +145,17 @@ def _experts(l: int, d: int, f: int, **options: Any) -> Case:
     )
 
 
+def _vision(b: int, image: int, d: int, layers: int, **options: Any) -> Case:
+    """A Vision Mamba on images of patches of 16 x 16."""
+    sizes = {"batch": b, "length": (image // 16) ** 2 + 1, "d_model": d, "d_state": 16}
+    return Case(
+        kind="vision",
+        sizes=sizes | {"n_layers": layers, "image": image, "patch": 16},
+        contestants=("floor", "mambapy", "chunked", "vit"),
+        **{"budget_s": 12.0, "limit_s": 20.0, "patience_s": 60.0} | options,
+    )
+
+
 def _train(b: int, l: int, d: int, layers: int, vocab_size: int, **options: Any) -> Case:
     """A training step of a language model."""
     sizes = {"batch": b, "length": l, "d_model": d, "d_state": 16}
@@ -208,6 +219,7 @@ _FULL = {
         _heads(_decode(512, 768, 24, 50277, 64)),
     ],
     "decode": [_decode(512, 768, 24, 50277, 64)],
+    "vision": [_vision(8, 224, 192, 24)],
     # One token goes in alone, as decoding does.
     "experts": [
         _experts(1, 512, 1024, passes=("forward",), budget_s=2.0),
@@ -226,4 +238,5 @@ _QUICK = {
     "train": [_train(2, 16, 64, 2, 257, **_TINY)],
     "decode": [_decode(16, 64, 2, 257, 4, 1 << 24, **_TINY)],
     "experts": [_experts(1, 64, 128, passes=("forward",), **_TINY), _experts(64, 64, 128, **_TINY)],
+    "vision": [_vision(1, 32, 64, 2, **_TINY)],
 }

@@ -14,7 +14,7 @@ class Options:
     """Options of `bench`.
 
     Args:
-        kind: "scan", "block", "heads", "experts", "train" or "decode".
+        kind: "scan", "block", "heads", "experts", "vision", "train" or "decode".
         quick: tiny sizes and few rounds, for a first look; a file of its own.
         cases: only the cases whose name has this in it (* and ? stand for any characters); a file
             of its own.
@@ -72,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Give `mambapy bench` its kinds, and each kind its flags."""
     kinds = parser.add_subparsers(
         required=True,
-        metavar="scan | block | heads | experts | train | decode | plot",
+        metavar="scan | block | heads | experts | vision | train | decode | plot",
         dest="kind",
     )
     for kind, text in {
@@ -80,6 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "block": "one block, against the floor of its matrix products",
         "heads": "Mamba-2 and Mamba-3: one block, and the 130m shape",
         "experts": "a mixture of experts, against the floor of its matrix products",
+        "vision": "a Vision Mamba, against the floor of its matrix products",
         "train": "a training step of a small language model",
         "decode": "reading a prompt, and generating, with the 130m shape",
     }.items():

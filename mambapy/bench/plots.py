@@ -23,6 +23,7 @@ PICTURES: dict[str, dict[str, Draw]] = {
     # Few points: README's tables say it all.
     "heads": {},
     "experts": {},
+    "vision": {},
     "train": {"step": bars},
     "decode": {"speed": bars},
 }

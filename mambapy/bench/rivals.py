@@ -61,6 +61,7 @@ WHO = {
     "mamba3": Who("ours.py", {"model": "mamba3"}),
     "transformers mamba2": Who("hf.py", package="transformers"),
     "dense": Who("ours.py", {"model": "dense"}),
+    "vit": Who("ours.py", {"model": "vit"}),
     "transformers loop": Who("hf.py", {"experts": "eager"}, package="transformers"),
     "transformers grouped": Who("hf.py", {"experts": "grouped_mm"}, package="transformers"),
 }

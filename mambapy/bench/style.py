@@ -25,6 +25,7 @@ STYLES = {
     "mamba3": (SKY, "v", "mambapy, Mamba-3"),
     "transformers mamba2": (GREEN, "P", "transformers, Mamba-2"),
     "dense": (SKY, "v", "one MLP of as many active parameters"),
+    "vit": (GREEN, "P", "ViT, torch's layers"),
     "transformers loop": (GREEN, "P", "transformers, loop over experts"),
     "transformers grouped": (ORANGE, "^", "transformers, grouped_mm"),
 }

@@ -29,6 +29,7 @@ TINY = {
     "vocab_size": 64,
     "tokens": 2,
     "bandwidth_bytes": 1 << 16,
+    "image": 32,
 }
 # Decoding starts after a prompt of this many tokens; its cost does not depend on how many.
 DECODE_PROMPT = 8
@@ -218,6 +219,15 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(T.numel() * T.element_size() for T in tensors.values())
 
 
+def _vision(
+    contestant: Any, sizes: Sizes, options: dict[str, Any]
+) -> tuple[Passes, dict[str, Any]]:
+    """A classifier of images, (b, 3, image, image) -> (b, 1000)."""
+    images = torch.randn(sizes["batch"], 3, sizes["image"], sizes["image"]).requires_grad_()
+    model = contestant.vision(sizes, options)
+    return _forward_and_training(model, (images,), (sizes["batch"], 1000)), {}
+
+
 def _heads(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
     """A block of Mamba-2's shape, or a whole model of it."""
     return (_decode if "tokens" in sizes else _block)(contestant, sizes, options)
@@ -228,6 +238,7 @@ _KINDS = {
     "block": _block,
     "heads": _heads,
     "experts": _experts,
+    "vision": _vision,
     "train": _train,
     "decode": _decode,
 }

@@ -23,6 +23,7 @@ CONTESTANTS = {
     "block": "floor,mambapy",
     "heads": "floor,mamba2,mamba3",
     "experts": "floor,mambapy,dense",
+    "vision": "floor,mambapy,vit",
     "train": "floor,mambapy",
     "decode": "floor,mambapy float32,mambapy int8",
 }

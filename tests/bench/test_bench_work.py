@@ -51,6 +51,17 @@ def test_floor_is_the_experts_products(pass_):
     assert products_flops(floors[pass_]) + router == products_flops(passes[pass_])
 
 
+@pytest.mark.parametrize("pass_", ["forward", "training"])
+def test_floor_is_the_products_of_a_vision_mamba(pass_):
+    sizes = {"batch": 2, "length": 5, "d_model": 48, "d_state": 7, "n_layers": 2}
+    sizes |= {"image": 32, "patch": 16}
+    floors, _ = work.build(floor, "vision", sizes, {}, "cpu")
+    passes, _ = work.build(ours, "vision", sizes, {"backend": "reference"}, "cpu")
+    # In torch's counter the patches are a convolution.
+    patches = 2 * (2 * 4) * (3 * 16 * 16) * 48 * (1 if pass_ == "forward" else 3)
+    assert products_flops(floors[pass_]) == products_flops(passes[pass_]) + patches
+
+
 def test_group_sizes_are_those_of_the_router():
     x, weights = work._draw_experts(EXPERTS)
     assert all(T.count_nonzero() == T.numel() for T in (x, *weights.values()))

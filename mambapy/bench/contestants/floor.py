@@ -14,6 +14,8 @@ the router gives them, which lie side by side already:
 
     fc1  d -> 2f        fc2  f -> d
 
+Both directions of Vision Mamba have an x_proj and a dt_proj; patches and head are two more.
+
 A language model adds its head, d -> vocab_size. In training each product brings two more, for the
 gradients of its two factors. Loss, optimiser, norms, convolution, recurrence and routing are no
 part of it, and neither is taking memory: all results are written to where there was room before.
@@ -102,6 +104,15 @@ def heads_shapes(rows: int, d: int, n: int, p: int) -> list[tuple[int, int, int]
     return [(rows, d, 4 * d + 2 * n + 2 * d // p), (rows, 2 * d, d)]
 
 
+def vision_shapes(sizes: dict[str, int]) -> list[tuple[int, int, int]]:
+    """The (rows, inputs, outputs) of a Vision Mamba."""
+    b, d, n, patch = (sizes[name] for name in ("batch", "d_model", "d_state", "patch"))
+    patches = (sizes["image"] // patch) ** 2
+    in_proj, x_proj, dt_proj, out_proj = block_shapes(b * (patches + 1), d, n)
+    block = [in_proj, x_proj, x_proj, dt_proj, dt_proj, out_proj]
+    return [(b * patches, 3 * patch**2, d), *block * sizes["n_layers"], (b, d, 1000)]
+
+
 def experts_shapes(groups: list[int], d: int, f: int) -> list[tuple[int, int, int]]:
     """The (rows, inputs, outputs) of the two products of each expert that has rows."""
     return [shape for rows in groups if rows for shape in ((rows, d, 2 * f), (rows, f, d))]
@@ -119,6 +130,8 @@ def products(
     """
     if groups is not None:
         return [Product(*s) for s in experts_shapes(groups, sizes["d_model"], sizes["d_mlp"])]
+    if kind == "vision":
+        return [Product(*shape) for shape in vision_shapes(sizes)]
     rows, d, layers = sizes["batch"] * sizes["length"], sizes["d_model"], sizes.get("n_layers", 1)
     chunks: list[Chunks] = []
     if "d_head" in sizes:

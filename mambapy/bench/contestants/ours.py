@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from mambapy import ops
 from mambapy.block import GatedMLP
-from mambapy.config import MODEL_TYPES, StackConfig
+from mambapy.config import MODEL_TYPES, StackConfig, VimConfig
 from mambapy.experts import Experts
 from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
+from mambapy.vim import VisionMamba
 
 Sizes = dict[str, int]
 Options = dict[str, Any]
@@ -53,6 +54,43 @@ def experts(sizes: Sizes, options: Options, weights: dict[str, Tensor]) -> nn.Mo
     own = {"router.weight": weights["router"], "fc1": weights["fc1"], "fc2": weights["fc2"]}
     layer.load_state_dict(own)
     return layer
+
+
+def vision(sizes: Sizes, options: Options) -> nn.Module:
+    """A Vision Mamba, or a ViT of torch's own layers with half as many blocks."""
+    d, layers, image = sizes["d_model"], sizes["n_layers"], sizes["image"]
+    if options.get("model") == "vit":
+        return ViT(d, layers // 2 or 1, image, sizes["patch"])
+    config = VimConfig(
+        img_size=image,
+        patch_size=sizes["patch"],
+        embed_dim=d,
+        depth=layers,
+        mixer_options={"d_state": sizes["d_state"]},
+        backend=options.get("backend", "auto"),
+    )
+    return VisionMamba(config)
+
+
+class ViT(nn.Module):
+    """Patches, a class token and positions, through torch's own transformer, heads of 64."""
+
+    def __init__(self, d: int, layers: int, image: int, patch: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, d, patch, patch)
+        self.token = nn.Parameter(torch.randn(1, 1, d))
+        self.positions = nn.Parameter(torch.randn(1, 1 + (image // patch) ** 2, d))
+        block = nn.TransformerEncoderLayer(
+            d, max(1, d // 64), 4 * d, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, layers, nn.LayerNorm(d), False)
+        self.head = nn.Linear(d, 1000)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (b, 1000)."""
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(len(x), -1, -1), x), dim=1) + self.positions
+        return self.head(self.blocks(x)[:, 0])
 
 
 def language_model(sizes: Sizes, options: Options) -> LM:
