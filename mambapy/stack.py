@@ -162,7 +162,7 @@ class Stack(FusedStep):
             found = self.fused_step(x, state, self.config.backend)
             if found is not None:
                 return found[0].to(x.dtype), found[1]
-        residual, states = self._to_residual(x), []
+        residual, states = self.to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             residual, layer_state = layer.step(residual, layer_state, dt_scale)
             states.append(layer_state)
@@ -176,7 +176,7 @@ class Stack(FusedStep):
 
     def run(self, x: Tensor, ragged: Ragged) -> Tensor:
         """`forward` for rows that `Ragged.pack` has laid out."""
-        residual = self._to_residual(x)
+        residual = self.to_residual(x)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 residual = checkpoint(layer, residual, ragged, use_reentrant=False)
@@ -186,7 +186,7 @@ class Stack(FusedStep):
 
     def run_routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, list[Tensor]]:
         """`run`, and the logits (b, l, E) of every router, in the order of the layers."""
-        residual, found = self._to_residual(x), []
+        residual, found = self.to_residual(x), []
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 residual, logits = checkpoint(layer.routed, residual, ragged, use_reentrant=False)
@@ -203,7 +203,7 @@ class Stack(FusedStep):
         state = self.init_state(x.shape[0]) if state is None else state
         self.check_state(state, x.shape[0])
         goes_on = ragged.continues(state.seq_idx)
-        residual, states = self._to_residual(x), []
+        residual, states = self.to_residual(x), []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             if goes_on is not None:
                 layer_state = layer.mixer.restart(layer_state, goes_on)
@@ -216,7 +216,7 @@ class Stack(FusedStep):
         planned = all(layer.plan_step(plan, residual) for layer in self.layers)
         return residual if planned else None
 
-    def _to_residual(self, x: Tensor) -> Tensor:
+    def to_residual(self, x: Tensor) -> Tensor:
         """The residual stream in its own dtype."""
         if self.config.residual_in_fp32:
             return x.to(torch.promote_types(x.dtype, torch.float32))

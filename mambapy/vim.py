@@ -174,16 +174,19 @@ class VisionMamba(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"output_fmt={output_fmt!r} must be NCHW or NLC")
         x, grid = self._tokens(images)
+        dtype = x.dtype
+        # As `Stack.run` has it: the residual stream in its own dtype.
+        x = self.backbone.to_residual(x)
         found = {}
         for i, layer in enumerate(self.backbone.layers):
             x = layer(x, Ragged())
             if i in wanted:
-                patches = self._patches(self.norm_f(x) if norm else x)
+                patches = self._patches(self.norm_f(x) if norm else x.to(dtype))
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid)  # (b, d, rows, columns)
                 found[i] = patches
         maps = [found[i] for i in wanted]
-        return maps if intermediates_only else (self.norm_f(x), maps)
+        return maps if intermediates_only else (self.norm_f(x.to(dtype)), maps)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

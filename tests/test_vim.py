@@ -380,3 +380,11 @@ def test_pruned_for_its_features():
     found = model.forward_intermediates(images, wanted, intermediates_only=True)
     for got, want in zip(found, expected, strict=True):
         assert_near(got, want, 1e-12)
+
+
+def test_intermediates_in_half_precision_are_those_of_the_forward_pass():  # trap 12
+    model = tiny(torch.bfloat16, depth=4)
+    images = torch.randn(2, 3, 12, 12, dtype=torch.bfloat16)
+    final, maps = model.forward_intermediates(images)
+    assert torch.equal(final, model.forward_features(images))
+    assert {m.dtype for m in maps} == {torch.bfloat16}
