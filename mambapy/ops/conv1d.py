@@ -1,5 +1,6 @@
 """The short causal convolution before the scan: the public op, its one-step twin, its state."""
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, official, reference
 from mambapy.ops.cpu import backend as cpu
+from mambapy.ops.direction import conv_from_the_end
 from mambapy.ops.selective_scan import check_seq_idx
 
 
@@ -25,6 +27,7 @@ def causal_conv1d(  # type: ignore[misc]
     activation: str | None = None,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     return_state: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -39,6 +42,9 @@ def causal_conv1d(  # type: ignore[misc]
         state: (b, k-1, e) the inputs before the first; zeros without it.
         seq_idx: (b, l) integers, the document of each token. A tap into another document is zero;
             the initial state belongs to the first token's document.
+        reverse: whether time runs from the last step to the first: y_t looks at x_t, x_{t+1}, ...
+            The result is that of flipping x and seq_idx along l, and y back; states, too, stand in
+            the order of processing, so the last of them is the input nearest to x.
         return_state: whether to return the last k-1 inputs too, see `conv_state`.
         out: (b, l, e) where to write y, in x's dtype; it may be x itself, which saves memory. Only
             where no gradient is needed.
@@ -58,9 +64,11 @@ def causal_conv1d(  # type: ignore[misc]
     options: dict[str, Any] = {"activation": activation, "state": state, "seq_idx": seq_idx}
     run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
     if run is cpu.causal_conv1d:
-        options["out"] = out
+        options |= {"out": out, "reverse": reverse}
+    elif reverse:
+        run = partial(conv_from_the_end, run)
     # Before x may be overwritten.
-    last = conv_state(x, weight.shape[1] - 1, state=state, seq_idx=seq_idx) if return_state else x
+    last = _last_inputs(x, weight.shape[1] - 1, state, seq_idx, reverse) if return_state else x
     with dispatch.without_autocast(x):
         y = dispatch.written(run(x, weight, bias, **options), out)
     return (y, last) if return_state else y
@@ -134,6 +142,17 @@ def conv_state(
         documents = torch.cat((seq_idx[:, :1].expand(-1, width), seq_idx), dim=1).gather(1, index)
         last = last.masked_fill((documents != documents[:, -1:])[:, :, None], 0.0)
     return last
+
+
+def _last_inputs(
+    x: Tensor, width: int, state: Tensor | None, seq_idx: Tensor | None, reverse: bool
+) -> Tensor:
+    """`conv_state` (b, k-1, e) in the direction of processing."""
+    if reverse:
+        # The first k - 1 steps in time are all that it can hold.
+        x = x[:, :width].flip(1)
+        seq_idx = None if seq_idx is None else seq_idx[:, :width].flip(1)
+    return conv_state(x, width, state=state, seq_idx=seq_idx)
 
 
 def _check(

@@ -1,5 +1,6 @@
 """The selective scan, Mamba-1's recurrence: the public op, its one-step twin, its backends."""
 
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from mambapy.errors import ShapeError
 from mambapy.ops import chunked, dispatch, official, reference
 from mambapy.ops.cpu import backend as cpu
+from mambapy.ops.direction import scan_from_the_end
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import pscan
 
@@ -31,6 +33,7 @@ def selective_scan(  # type: ignore[misc]
     dt_softplus: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     return_state: bool = False,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -54,6 +57,9 @@ def selective_scan(  # type: ignore[misc]
         state: (b, e, n) h before the first step; zeros without it.
         seq_idx: (b, l) integers, the document of each token. Where it changes, the state restarts
             from zero; the initial state belongs to the first token's document.
+        reverse: whether time runs from the last step to the first. The result is that of flipping
+            every (b, l, ...) argument along l, and y back; `state` comes before the last step, and
+            the state returned after the first.
         return_state: whether to return h after the last step too.
         out: (b, l, e) where to write y, in x's dtype; it may be x, dt or z itself, which saves
             memory. Only where no gradient is needed.
@@ -78,7 +84,9 @@ def selective_scan(  # type: ignore[misc]
     }
     run = dispatch.pick("selective_scan", BACKENDS, backend, x, dt, A, B, C, D, z, **options)
     if run is cpu.selective_scan:
-        options["out"] = out
+        options |= {"out": out, "reverse": reverse}
+    elif reverse:
+        run = partial(scan_from_the_end, run)
     with dispatch.without_autocast(x):
         y, last = run(x, dt, A, B, C, D, z, **options)
     y = dispatch.written(y, out)

@@ -35,6 +35,8 @@ TILE = 32
 
 BATCH, LENGTH, CHANNELS, TAPS, SILU = range(SIZES, SIZES + 5)
 X, WEIGHT, BIAS, STATE, SEQ, Y, GRAD_Y, GRAD_X, GRAD_WEIGHT, GRAD_BIAS, GRAD_STATE = range(11)
+# What has a row for each step. The state has not: it stands in the order of processing.
+STEPWISE = (X, SEQ, Y, GRAD_Y, GRAD_X)
 
 
 @inner
@@ -219,6 +221,7 @@ def forward(
     activation: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """y_t = act(bias + sum_j weight[:, j] x_{t-k+1+j}).
@@ -229,6 +232,7 @@ def forward(
         state: (b, k-1, e) inputs before the first step; of the first step's document. Zeros if
             missing.
         seq_idx: (b, l) int64; taps do not reach back over a step where it changes.
+        reverse: whether steps are taken from the last to the first.
         out: where to write y, if a kernel can; it may be x.
 
     Returns:
@@ -249,7 +253,7 @@ def forward(
     tensors[2:4] = [
         None if t is None or t.numel() == 0 else rowwise(t.detach(), F) for t in tensors[2:4]
     ]
-    args = pack([b, l, e, k, activation], tensors)
+    args = pack([b, l, e, k, activation], tensors, STEPWISE if reverse else ())
     scratch = (LANES + (2 * k + 2 * TILE) * WIDTH) * F.itemsize
     run(compiled(build_forward, F), args, b * -(-e // WIDTH), scratch, b * l * e * k)
     return y
@@ -263,6 +267,7 @@ def backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
     activation: bool,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of `forward` to (x, weight, bias, state); the pre-activation is computed again."""
     b, l, e = x.shape
@@ -284,7 +289,7 @@ def backward(
         grad_bias,
     ]
     tensors += [None if given_state is None else grad_state]
-    args = pack([b, l, e, k, activation], tensors)
+    args = pack([b, l, e, k, activation], tensors, STEPWISE if reverse else ())
     scratch = (LANES + (4 * k + 2 + 3 * TILE) * WIDTH) * F.itemsize
     run(compiled(build_backward, F), args, b * -(-e // WIDTH), scratch, 3 * b * l * e * k)
     # Parts are by tap, the newest first: (b, k, e) -> (e, k).

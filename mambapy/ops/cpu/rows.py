@@ -4,13 +4,16 @@ arithmetic's type.
 A kernel takes one pointer, to an int64 array: first the fields of `COUNTERS` and `sizes`, then a
 slot for each tensor. A slot is (address, bytes between batches, bytes between steps, dtype code); a
 missing tensor has address 0. So one compiled kernel serves every storage dtype, layout and set of
-optional tensors.
+optional tensors, and both directions of time: a slot that runs backwards has the address of the
+last step and a negative distance between steps.
 
 Kernels never touch a caller's tensor in their inner loops. They stage a few rows of one channel
 block into local buffers (converted to float32 or float64, the tail of the block filled with zeros),
 compute there on whole vectors, and write rows back. The conversions, the strides and the ragged
 last block live here and nowhere else.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -43,9 +46,9 @@ CODES = {
 }
 
 
-def slot(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
+def slot(tensor: torch.Tensor | None, backwards: bool = False) -> tuple[int, int, int, int]:
     """The four integers that describe a (b, l, e), (b, e) or (e) tensor, contiguous in its last
-    dimension."""
+    dimension; with `backwards`, of (b, l, e) as if flipped along l."""
     if tensor is None:
         return 0, 0, 0, 4
     code = CODES[tensor.dtype]
@@ -53,6 +56,8 @@ def slot(tensor: torch.Tensor | None) -> tuple[int, int, int, int]:
     size = tensor.element_size()
     batch = strides[0] * size if strides else 0
     step = strides[1] * size if len(strides) > 1 else 0
+    if backwards:
+        return tensor.data_ptr() + (tensor.shape[1] - 1) * step, batch, -step, code
     return tensor.data_ptr(), batch, step, code
 
 
@@ -75,11 +80,13 @@ def documents(seq_idx: torch.Tensor | None) -> torch.Tensor | None:
     return None if seq_idx is None else seq_idx.to(torch.int64).unsqueeze(-1)
 
 
-def pack(sizes: list[int], tensors: list[torch.Tensor | None]) -> np.ndarray:
-    """The int64 array that a kernel takes."""
+def pack(
+    sizes: list[int], tensors: list[torch.Tensor | None], backwards: Collection[int] = ()
+) -> np.ndarray:
+    """The int64 array that a kernel takes; the slots in `backwards` run from the last step on."""
     args = [0] * SIZES + [*sizes, *([0] * (FIRST_SLOT - SIZES - len(sizes)))]
-    for tensor in tensors:
-        args += slot(tensor)
+    for which, tensor in enumerate(tensors):
+        args += slot(tensor, which in backwards)
     return np.array(args, dtype=np.int64)
 
 

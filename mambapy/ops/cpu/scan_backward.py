@@ -41,6 +41,8 @@ from mambapy.ops.cpu.simd import FOLDED, LANES, fma, like, splat, zeros
 BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, STARTS, GRAD_Y, GRAD_LAST = range(13)
 GRAD_X, GRAD_DT, GRAD_A, GRAD_B, GRAD_C, GRAD_D, GRAD_Z, GRAD_BIAS, GRAD_STATE = range(13, 22)
+# What has a row for each step.
+STEPWISE = (X, DT, B, C, Z, SEQ, GRAD_Y, GRAD_X, GRAD_DT, GRAD_B, GRAD_C, GRAD_Z)
 
 
 def backward_floats(states: int) -> int:
@@ -224,12 +226,14 @@ def build_backward(F, size, stamp):
                 unstage(args, GRAD_DT, batch, start, rows, first, count, base, slope, WIDTH, F)
                 if gated:
                     unstage(args, GRAD_Z, batch, start, rows, first, count, base, gz, WIDTH, F)
-                part = ((block * batch_size + batch) * length + start) * states
-                b_part = pointer(place(args, GRAD_B, 0, 0, 0), F)
-                c_part = pointer(place(args, GRAD_C, 0, 0, 0), F)
-                for i in range(rows * states):
-                    b_part[part + i] = total(w, grad_b + i * 2 * FOLDED)
-                    c_part[part + i] = total(w, grad_c + i * 2 * FOLDED)
+                part = block * batch_size + batch
+                for t in range(rows):
+                    b_part = pointer(place(args, GRAD_B, part, start + t, 0), F)
+                    c_part = pointer(place(args, GRAD_C, part, start + t, 0), F)
+                    for n in range(states):
+                        i = (t * states + n) * 2 * FOLDED
+                        b_part[n] = total(w, grad_b + i)
+                        c_part[n] = total(w, grad_c + i)
 
             save_state(
                 args, GRAD_STATE, batch, first, count, channels, states, base, adjoint, pitch, F

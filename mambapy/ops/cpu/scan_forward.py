@@ -33,6 +33,8 @@ PAD = 3 * LANES
 
 BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, Y, STARTS, LAST = range(13)
+# What has a row for each step. The states have none: they stand in the order of processing.
+STEPWISE = (X, DT, B, C, Z, SEQ, Y)
 
 
 def whole_vectors(count: int) -> int:

@@ -59,6 +59,7 @@ def forward(
     dt_softplus: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     save: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,6 +72,7 @@ def forward(
         A: (e, n), < 0.    B, C: (b, l, n).    D, dt_bias: (e).    z: (b, l, e) gate.
         state: (b, e, n) state before the first step; of the first step's document.
         seq_idx: (b, l) int64; the state restarts from zero where it differs from the step before.
+        reverse: whether steps are taken from the last to the first.
         save: also return what `backward` needs.
         out: where to write y, if a kernel can; it may be x, dt or z.
 
@@ -92,7 +94,8 @@ def forward(
     saved = starts if starts.numel() else None
     tensors = [x, dt, A, B, C, D, z, dt_bias, state, documents(seq_idx), y, saved, last]
     block = channels_of_a_task(b, e)
-    args = pack([b, l, e, n, dt_softplus, block], tensors)
+    backwards = scan_forward.STEPWISE if reverse else ()
+    args = pack([b, l, e, n, dt_softplus, block], tensors, backwards)
     scratch = scan_forward.forward_floats(n) * F.itemsize
     run(compiled(scan_forward.build_forward, F), args, b * -(-e // block), scratch, b * l * e * n)
     return y, last, starts
@@ -113,6 +116,7 @@ def backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
     dt_softplus: bool,
+    reverse: bool,
 ) -> list[Tensor | None]:
     """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state); equations in
     `scan_backward.py`."""
@@ -125,6 +129,7 @@ def backward(
     grad_z = None if z is None else torch.empty(b, l, e, dtype=z.dtype)
     # One part for each block of channels, or for each row of the batch.
     grad_B, grad_C = torch.empty(blocks, b, l, n, dtype=F), torch.empty(blocks, b, l, n, dtype=F)
+    part_B, part_C = grad_B.flatten(0, 1), grad_C.flatten(0, 1)  # (blocks b, l, n)
     grad_A = torch.empty(b, e, n, dtype=F)
     grad_D = None if D is None else torch.empty(b, e, dtype=F)
     grad_bias = None if dt_bias is None else torch.empty(b, e, dtype=F)
@@ -135,8 +140,9 @@ def backward(
     saved = starts if starts.numel() else None
     tensors = [x, dt, A, B, C, D, z, dt_bias, state, documents(seq_idx), saved]
     tensors += [grad_y, grad_last]
-    tensors += [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
-    args = pack([b, l, e, n, dt_softplus, block], tensors)
+    tensors += [grad_x, grad_dt, grad_A, part_B, part_C, grad_D, grad_z, grad_bias, grad_state]
+    backwards = scan_backward.STEPWISE if reverse else ()
+    args = pack([b, l, e, n, dt_softplus, block], tensors, backwards)
     scratch = scan_backward.backward_floats(n) * F.itemsize
     run(compiled(scan_backward.build_backward, F), args, b * blocks, scratch, 3 * b * l * e * n)
 

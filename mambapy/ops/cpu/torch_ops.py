@@ -4,6 +4,8 @@ torch.func.vmap.
 Each backward is a custom op as well. It has no derivative of its own: a second backward raises.
 """
 
+from functools import partial
+
 # A schema of older torch is read from List, not from list.
 from typing import List
 
@@ -20,6 +22,7 @@ from mambapy.ops.custom_op import (
     nothing,
     transform,
 )
+from mambapy.ops.direction import conv_from_the_end, scan_from_the_end
 from mambapy.ops.dispatch import is_traced
 
 
@@ -37,15 +40,17 @@ def _scan(
     seq_idx: Tensor | None,
     dt_softplus: bool,
     save: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return selective_scan.forward(
         x, dt, A, B, C, D, z,
-        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, save=save,
+        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
+        save=save,
     )  # fmt: skip
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save):
+def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save, reverse=False):
     b, l, e = x.shape
     n = A.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -70,22 +75,26 @@ def _scan_backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
     dt_softplus: bool,
+    reverse: bool = False,
 ) -> List[Tensor]:
     grads = selective_scan.backward(
-        grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus
-    )
+        grad_y, grad_last, starts,
+        x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse,
+    )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
 
 @_scan_backward.register_fake
-def _(grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus):
+def _(
+    grad_y, grad_last, starts,
+    x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse=False,
+):  # fmt: skip
     inputs = (x, dt, A, B, C, D, z, dt_bias, state)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs if t is not None]
 
 
 def _scan_setup(ctx, inputs, output):
-    *tensors, ctx.dt_softplus, save = inputs
-    ctx.save = save
+    *tensors, ctx.dt_softplus, ctx.save, ctx.reverse = inputs
     ctx.save_for_backward(output[2], *tensors)
     ctx.set_materialize_grads(False)
 
@@ -93,8 +102,10 @@ def _scan_setup(ctx, inputs, output):
 def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     if torch.is_grad_enabled() and transform() is None:
         _, *tensors, seq_idx = ctx.saved_tensors
+        scan = reference.selective_scan
+        scan = partial(scan_from_the_end, scan) if ctx.reverse else scan
         grads = differentiable_gradients(
-            lambda x, dt, A, B, C, D, z, dt_bias, state: reference.selective_scan(
+            lambda x, dt, A, B, C, D, z, dt_bias, state: scan(
                 *(x, dt, A, B, C, D, z),
                 dt_bias=dt_bias,
                 dt_softplus=ctx.dt_softplus,
@@ -105,14 +116,15 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
             ctx.needs_input_grad[:9],
             (grad_y, grad_last),
         )
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
     if not ctx.save:
         raise RuntimeError("cpu_selective_scan ran without save=True: no gradient")
     starts, *tensors = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
-    grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, ctx.dt_softplus))
-    return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None)
+    options = ctx.dt_softplus, ctx.reverse
+    grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, *options))
+    return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None, None)
 
 
 _call_scan = differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
@@ -128,12 +140,15 @@ def _conv(
     state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
+    reverse: bool = False,
 ) -> Tensor:
-    return conv1d.forward(x, weight, bias, activation=silu, state=state, seq_idx=seq_idx)
+    return conv1d.forward(
+        x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse
+    )
 
 
 @_conv.register_fake
-def _(x, weight, bias, state, seq_idx, silu):
+def _(x, weight, bias, state, seq_idx, silu, reverse=False):
     return x.new_empty(x.shape)
 
 
@@ -146,19 +161,20 @@ def _conv_backward(
     state: Tensor | None,
     seq_idx: Tensor | None,
     silu: bool,
+    reverse: bool = False,
 ) -> List[Tensor]:
-    grads = conv1d.backward(grad_y, x, weight, bias, state, seq_idx, silu)
+    grads = conv1d.backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
 @_conv_backward.register_fake
-def _(grad_y, x, weight, bias, state, seq_idx, silu):
+def _(grad_y, x, weight, bias, state, seq_idx, silu, reverse=False):
     inputs = (x, weight, bias, state)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs if t is not None]
 
 
 def _conv_setup(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
+    *tensors, ctx.silu, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -166,8 +182,10 @@ def _conv_gradient(ctx, grad_y):
     tensors = ctx.saved_tensors
     if torch.is_grad_enabled() and transform() is None:
         *tensors, seq_idx = tensors
+        conv = reference.causal_conv1d
+        conv = partial(conv_from_the_end, conv) if ctx.reverse else conv
         grads = differentiable_gradients(
-            lambda x, weight, bias, state: reference.causal_conv1d(
+            lambda x, weight, bias, state: conv(
                 *(x, weight, bias),
                 activation="silu" if ctx.silu else None,
                 state=state,
@@ -177,9 +195,9 @@ def _conv_gradient(ctx, grad_y):
             ctx.needs_input_grad[:4],
             (grad_y,),
         )
-        return (*grads, None, None)
-    grads = iter(_call_conv_backward(grad_y, *tensors, ctx.silu))
-    return (*[None if t is None else next(grads) for t in tensors[:4]], None, None)
+        return (*grads, None, None, None)
+    grads = iter(_call_conv_backward(grad_y, *tensors, ctx.silu, ctx.reverse))
+    return (*[None if t is None else next(grads) for t in tensors[:4]], None, None, None)
 
 
 _call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
@@ -257,6 +275,7 @@ def cpu_selective_scan(
     dt_softplus: bool = False,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan.forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
@@ -265,11 +284,12 @@ def cpu_selective_scan(
     if save or is_traced():
         # Inside torch.func a tensor that is differentiated may not say so here.
         save = save or not torch.compiler.is_compiling()
-        y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save)
+        y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save, reverse)
         return y, last
     y, last, _ = selective_scan.forward(
         x, dt, A, B, C, D, z,
-        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, out=out,
+        dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
+        out=out,
     )  # fmt: skip
     return y, last
 
@@ -282,14 +302,17 @@ def cpu_causal_conv1d(
     activation: str | None = None,
     state: Tensor | None = None,
     seq_idx: Tensor | None = None,
+    reverse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """`conv1d.forward` with autograd; `activation` is None or "silu"; the state after it:
     `conv1d.next_state`."""
     silu = activation == "silu"
     if _has_gradient(x, weight, bias, state) or is_traced():
-        return _call_conv(x, weight, bias, state, seq_idx, silu)
-    return conv1d.forward(x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, out=out)
+        return _call_conv(x, weight, bias, state, seq_idx, silu, reverse)
+    return conv1d.forward(
+        x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse, out=out
+    )
 
 
 def cpu_rms_norm(
