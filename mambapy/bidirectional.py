@@ -76,20 +76,22 @@ class BiMambaBlock(MambaBlock):
             if backward
             else (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         )
-        seq_idx = ragged.seq_idx
         if backward:
             # Backward in time padding comes first: it must be like the zeros before a sequence.
-            x, z = ragged.clear(x).flip(1), z.flip(1)
-            seq_idx = None if seq_idx is None else seq_idx.flip(1)
+            x = ragged.clear(x)
         x = ops.causal_conv1d(
-            x, *taps(conv1d), activation="silu", seq_idx=seq_idx, backend=self._plain_backend
+            x,
+            *taps(conv1d),
+            activation="silu",
+            seq_idx=ragged.seq_idx,
+            reverse=backward,
+            backend=self._plain_backend,
         )
         low, B, C = x_proj(x).split([R, n, n], dim=-1)
         dt, dt_bias = DtProjection.parts(dt_proj, low)
-        dt = ragged.stop_padding(dt.flip(1)).flip(1) if backward else ragged.stop_padding(dt)
-        y = ops.selective_scan(
+        return ops.selective_scan(
             x,
-            dt,
+            ragged.stop_padding(dt),
             -torch.exp(A_log),
             B,
             C,
@@ -97,10 +99,10 @@ class BiMambaBlock(MambaBlock):
             z,
             dt_bias=dt_bias,
             dt_softplus=True,
-            seq_idx=seq_idx,
+            seq_idx=ragged.seq_idx,
+            reverse=backward,
             backend=self.config.backend,
         )
-        return y.flip(1) if backward else y
 
     def prefill(self, x: Tensor, state: Any = None, ragged: Ragged = Ragged()) -> NoReturn:
         """There is none."""
@@ -161,15 +163,21 @@ class BiMamba2Block(Mamba2Block):
             else (self.conv1d, self.dt_bias, self.A_log, self.D)
         )
         seq_idx = ragged.seq_idx
-        if backward:
-            xBC, dt = ragged.clear(xBC).flip(1), dt.flip(1)
-            seq_idx = None if seq_idx is None else seq_idx.flip(1)
         xBC = ops.causal_conv1d(
-            xBC, *taps(conv1d), activation="silu", seq_idx=seq_idx, backend=self._plain_backend
+            ragged.clear(xBC) if backward else xBC,
+            *taps(conv1d),
+            activation="silu",
+            seq_idx=seq_idx,
+            reverse=backward,
+            backend=self._plain_backend,
         )
-        x, B, C = self._split(xBC)
         delta = F.softplus(widen(dt) + dt_bias).clamp(*self.config.dt_limit)  # (b, l, h)
-        delta = ragged.no_step(delta.flip(1)).flip(1) if backward else ragged.no_step(delta)
+        delta = ragged.no_step(delta)
+        if backward:
+            # ssd has one direction.
+            xBC, delta = xBC.flip(1), delta.flip(1)
+            seq_idx = None if seq_idx is None else seq_idx.flip(1)
+        x, B, C = self._split(xBC)
         y = ops.ssd(
             x,
             delta,

@@ -195,8 +195,7 @@ def _scan(mixer: Any, x: Tensor, dt: Tensor | None, backward: bool) -> Scan:
         if backward
         else (mixer.conv1d, mixer.A_log, mixer.D)
     )
-    x = ops.causal_conv1d(x.flip(1) if backward else x, *taps(conv), activation="silu")
-    x = x.flip(1) if backward else x
+    x = ops.causal_conv1d(x, *taps(conv), activation="silu", reverse=backward)
     A, D = -torch.exp(widen(A_log)), widen(D)
     if dt is None:
         if backward:

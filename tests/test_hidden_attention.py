@@ -55,6 +55,9 @@ def seen(monkeypatch):
         def watched(x, dt, A, B, C, D, z=None, **options):
             y = run(x, dt, A, B, C, D, **{**options, "return_state": False})
             found.append((x.detach(), y.detach()))
+            if name == "ssd" and len(found) == 2:
+                # It has one direction: a block that looks both ways turns what it gives it.
+                found[1] = tuple(T.flip(1) for T in found[1])
             return run(x, dt, A, B, C, D, z, **options)
 
         monkeypatch.setattr(ops, name, watched)
@@ -83,8 +86,6 @@ def test_is_what_the_scan_multiplies_by(kind, l, dtype, tolerance, seen):
     ways = M if kind.startswith("both") else M[None]
     assert len(ways) == len(seen)
     for i, (M, (x, y)) in enumerate(zip(ways, seen, strict=True)):
-        if i:
-            x, y = x.flip(1), y.flip(1)
         assert_near(applied(M, x), y if M.shape[1] == y.shape[2] else y.flatten(2), tolerance)
         assert torch.equal(M, M.triu() if i else M.tril())
 
