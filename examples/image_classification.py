@@ -3,12 +3,13 @@
     python examples/image_classification.py --out runs/digits
 
 There are 1797 digits of 8 x 8 pixels, in the package scikit-learn (pip install scikit-learn). A
-fifth of each class is held out, the same at each --seed; settings were chosen with --validate,
-which holds out a fifth of the rest instead. Both models see 16 patches of 2 x 2 pixels, and are
-trained by the same loop on images that are shifted, turned and stretched a little, never flipped.
+fifth of each class is held out, the same at each --seed; settings were chosen on fifths of the
+rest, such as --validate holds out. Both models see 16 patches of 2 x 2 pixels, and are trained by
+the same loop on images that are shifted, turned and stretched a little, never flipped.
 
-One image held out is 0.3 %: a difference of two or three says nothing. The 13 people who wrote the
-digits are in both parts; those of strangers are harder to read.
+Of 359 digits held out VisionMamba misreads 1 and the ViT 3, with --seed 1 both 1: that much is
+chance. Training takes 2 minutes and 1 on two cores. The digits are easy: to say of each what the
+nearest image to train says misreads 2. The same people wrote both parts.
 
 Your own images, a folder for each class (pip install pillow):
 
@@ -34,9 +35,9 @@ from mambapy.vim import VimConfig, VisionMamba
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 NAMES = {"vim": "VisionMamba", "vit": "ViT"}
-OPTIONS = {"size": 8, "channels": 1, "patch": 2, "d_model": 64, "depth": 5, "d_state": 16}
-OPTIONS |= {"steps": 1500, "batch": 64, "rate": 2e-3, "weight_decay": 0.1, "smoothing": 0.1}
-OPTIONS |= {"drop_path": 0.1, "turn": 12.0, "stretch": 0.12, "shift": 0.12, "seed": 0}
+OPTIONS = {"patch": 2, "d_model": 64, "depth": 4, "d_state": 8}
+OPTIONS |= {"steps": 1500, "batch": 64, "rate": 4e-3, "weight_decay": 0.1, "smoothing": 0.1}
+OPTIONS |= {"drop_path": 0.1, "turn": 8.0, "stretch": 0.08, "shift": 0.06, "seed": 0}
 
 
 class ViT(nn.Module):
@@ -49,8 +50,8 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(config.in_chans, d, config.patch_size, config.stride)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, rows * columns, d))
         kinds = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        layer = (nn.TransformerEncoderLayer(d, 4, 4 * d, 0.1, **kinds) for _ in range(depth))
-        self.layers, self.norm = nn.Sequential(*layer), nn.LayerNorm(d)
+        layers = (nn.TransformerEncoderLayer(d, 4, 4 * d, 0.0, **kinds) for _ in range(depth))
+        self.layers, self.norm = nn.Sequential(*layers), nn.LayerNorm(d)
         self.head = nn.Linear(d, config.num_classes)
 
     def forward(self, images):
@@ -74,7 +75,7 @@ def count(model):
 
 
 def digits():
-    """Images (n, 1, 8, 8) from 0 to 1, their labels (n), the names of the classes."""
+    """Images (n, 1, 8, 8) from 0 to 1, their labels (n), and the names of the classes."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -151,3 +152,116 @@ def train(kind, model, images, labels, normal, args):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+
+
+def run(kind, config, images, labels, rows, held, args):
+    """Train a model, and measure it: what the record says of it, and its answers (n, classes)."""
+    std, mean = torch.std_mean(images[rows], (0, 2, 3), keepdim=True)
+    torch.manual_seed(args.seed)
+    model, start = make(kind, config), time.perf_counter()
+    train(kind, model, images[rows], labels[rows], lambda x: (x - mean) / std, args)
+    found = {"parameters": count(model), "seconds": time.perf_counter() - start}
+    model.eval()
+    with torch.no_grad():
+        parts = ((images[held] - mean) / std).split(256)
+        found["p"] = torch.cat([model(part).softmax(1) for part in parts])
+    classes = config.num_classes
+    pairs = labels[held] * classes + found["p"].argmax(1)
+    table = pairs.bincount(minlength=classes**2).view(classes, -1)  # true class, the one read
+    return found | {"accuracy": (table.trace() / len(held)).item(), "confusion": table.tolist()}
+
+
+def confusions(found, names, path):
+    """Draw for each model how often which class was read as which."""
+    side = max(3.5, 0.45 * len(names))
+    figure = Figure(figsize=(side * len(found), side + 0.4), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (kind, one) in zip(panels, found.items(), strict=True):
+        table = torch.tensor(one["confusion"])
+        share = table / table.sum(1, keepdim=True).clamp(min=1)
+        axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=2)
+        for row, column in table.nonzero().tolist():
+            look = {"color": INK if row == column else RED, "ha": "center", "va": "center"}
+            axes.text(column, row, int(table[row, column]), fontsize=9, **look)
+        places = range(len(names))
+        axes.set_xticks(places, names, rotation=0 if max(map(len, names)) < 3 else 90)
+        axes.set_yticks(places, names)
+        axes.set(xlabel="read as", ylabel="true", title=f"{NAMES[kind]}: {one['accuracy']:.1%}")
+    figure.savefig(path, dpi=150)
+
+
+def hardest(found, images, labels, names, path):
+    """Draw the 16 images that each model was least sure to be what they are: first the misread."""
+    figure = Figure(figsize=(11, 3.3 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), squeeze=False)[:, 0]
+    for part, (kind, one) in zip(parts, found.items(), strict=True):
+        p = one["p"]
+        wrong = p.argmax(1) != labels
+        order = (p.gather(1, labels[:, None])[:, 0] - wrong.float()).argsort()[:16].tolist()
+        part.suptitle(f"{NAMES[kind]}: {int(wrong.sum())} of {len(labels)} misread (red)")
+        for axes, row in zip(part.subplots(2, 8).flat, order, strict=False):
+            axes.imshow(images[row].movedim(0, 2).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            text = f"{names[labels[row]]}, read {names[p[row].argmax()]}\n{p[row].max():.0%} sure"
+            axes.set_title(text, color=RED if wrong[row] else INK, fontsize=9)
+        for axes in part.axes:
+            axes.axis("off")
+    figure.savefig(path, dpi=150)
+
+
+def main(argv=None):
+    """Train the models, print the table, write the record and the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--data", type=Path, help="a folder with one of images for each class")
+    parser.add_argument("--models", default="vim,vit")
+    parser.add_argument("--validate", action="store_true", help="hold out a part to train instead")
+    parser.add_argument("--size", type=int, default=32, help="of the images in --data")
+    parser.add_argument("--channels", type=int, default=3, choices=(1, 3), help="of those too")
+    for name, value in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    args = parser.parse_args(argv)
+    kinds = args.models.split(",")
+    if unknown := set(kinds) - set(NAMES):
+        parser.error(f"--models: {sorted(unknown)} are not among {[*NAMES]}")
+    images, labels, names = folder(args.data, args.size, args.channels) if args.data else digits()
+    rows, held = split(labels, 0)
+    if args.validate:
+        rows, held = (rows[part] for part in split(labels[rows], 1))
+    shape = {"img_size": images.shape[2:], "in_chans": images.shape[1], "num_classes": len(names)}
+    shape |= {"patch_size": args.patch, "embed_dim": args.d_model, "depth": args.depth}
+    rest = {"mixer_options": {"d_state": args.d_state}, "drop_path_rate": args.drop_path}
+    config = VimConfig(**shape, **rest, class_token="none")
+    found, start = {}, time.perf_counter()
+    print(f"{len(rows)} images to train, {len(held)} held out")
+    print(f"{'':16}{'accuracy':>10}{'parameters':>12}{'seconds':>9}")
+    seen, parts = images[rows].flatten(1), images[held].flatten(1).split(256)
+    nearest = rows[torch.cat([torch.cdist(part, seen).argmin(1) for part in parts])]  # (held)
+    nearest = (labels[nearest] == labels[held]).double().mean().item()
+    print(f"{'nearest image':16}{nearest:>10.2%}")
+    for kind in kinds:
+        one = found[kind] = run(kind, config, images, labels, rows, held, args)
+        row = f"{one['accuracy']:>10.2%}{one['parameters']:>12}{one['seconds']:>9.0f}"
+        print(f"{NAMES[kind]:16}{row}", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    confusions(found, names, args.out / "confusion.png")
+    hardest(found, images[held], labels[held], names, args.out / "misread.png")
+    for one in found.values():
+        read = one.pop("p").argmax(1)
+        wrong = (read != labels[held]).nonzero()[:, 0].tolist()
+        one["misread"] = [(int(held[i]), names[labels[held[i]]], names[read[i]]) for i in wrong]
+    record = {
+        "settings": {name: getattr(args, name) for name in ("validate", *OPTIONS)},
+        "config": config.to_dict(),
+        "images": {"train": len(rows), "held out": len(held)},
+        "classes": names,
+        "threads": torch.get_num_threads(),
+        "versions": {"mambapy": mambapy.__version__, "torch": str(torch.__version__)},
+        "nearest_image": nearest,
+        "models": found,
+        "seconds": time.perf_counter() - start,
+    }
+    (args.out / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
