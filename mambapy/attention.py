@@ -162,7 +162,8 @@ class Attention(Mixer[AttentionState]):
         """The output (b, l, d), and the state after it."""
         config = self.config
         before = self.init_state(x.shape[0]) if state is None else state
-        qkv, conv = self._convolve(self.in_proj(x), before, ragged)  # (b, l, (h + 2 kv) p)
+        inputs = self.in_proj(x)
+        qkv = self._convolve(inputs, before, ragged)  # (b, l, (h + 2 kv) p)
         heads = qkv.unflatten(-1, (-1, config.head_channels))
         q, k, v = heads.split([config.n_heads, config.kv_heads, config.kv_heads], dim=2)
         rows = _Rows(x, before, ragged)
@@ -182,30 +183,29 @@ class Attention(Mixer[AttentionState]):
         y = self.out_proj(y.transpose(1, 2).flatten(-2))
         if state is None:
             return y, before
+        conv = before.conv
+        if self.conv1d is not None:
+            conv = ops.conv_state(
+                inputs,
+                config.d_conv - 1,
+                state=conv,
+                seq_idx=ragged.seq_idx,
+                lengths=ragged.lengths,
+            )
         kept = [T.to(state.keys.dtype) for T in rows.remember(keys, values)]
         return y, AttentionState(conv, kept[0], kept[1], rows.lengths, rows.next_time)
 
-    def _convolve(
-        self, qkv: Tensor, state: AttentionState, ragged: Ragged
-    ) -> tuple[Tensor, Tensor]:
-        """q, k and v after the convolution, where there is one, and its state."""
+    def _convolve(self, qkv: Tensor, state: AttentionState, ragged: Ragged) -> Tensor:
+        """q, k and v after the convolution, where there is one."""
         if self.conv1d is None:
-            return qkv, state.conv
-        conv = ops.conv_state(
-            qkv,
-            self.config.d_conv - 1,
-            state=state.conv,
-            seq_idx=ragged.seq_idx,
-            lengths=ragged.lengths,
-        )
-        qkv = ops.causal_conv1d(
+            return qkv
+        return ops.causal_conv1d(
             qkv,
             *taps(self.conv1d),
             state=state.conv,
             seq_idx=ragged.seq_idx,
             backend="reference" if self.config.backend == "reference" else "auto",
         )
-        return qkv, conv
 
 
 class _Rows:

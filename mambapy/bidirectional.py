@@ -33,7 +33,7 @@ class BiMambaBlock(MambaBlock):
         config: the architecture; both directions have its sizes.
     """
 
-    wide = (*MambaBlock.wide, "A_b_log", "D_b")  # type: ignore[assignment]
+    wide = (*MambaBlock.wide, "A_b_log", "D_b")
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
@@ -120,7 +120,7 @@ class BiMamba2Block(Mamba2Block):
         config: the architecture; both directions have its sizes.
     """
 
-    wide = (*Mamba2Block.wide, "A_b_log", "D_b", "dt_bias_b")  # type: ignore[assignment]
+    wide = (*Mamba2Block.wide, "A_b_log", "D_b", "dt_bias_b")
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)

@@ -93,9 +93,8 @@ class JambaLM(LM):
         """
         if num_logits_to_keep == 0:
             return super().forward(tokens, mask, seq_idx, dt_scale)
-        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
+        hidden, ragged = self._run(tokens, mask, seq_idx, dt_scale)
         self._check_keep(num_logits_to_keep, tokens)
-        hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
         return self._head(ragged.last(hidden, num_logits_to_keep))
 
 

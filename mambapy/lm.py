@@ -70,7 +70,8 @@ class LM(FusedStep, Pretrained):
     """A language model.
 
     Args:
-        config: the stack of blocks: a MambaConfig, Mamba2Config, Mamba3Config or HybridConfig.
+        config: the stack of blocks: a MambaConfig, Mamba2Config, Mamba3Config, HybridConfig or
+            JambaConfig.
         vocab_size: number of tokens, >= 1. Logits have this size.
         tie_embeddings: use the embedding's weight for the head too.
         pad_vocab_size_multiple: the weights have this many rows or a multiple, which suits the
@@ -129,7 +130,9 @@ class LM(FusedStep, Pretrained):
         """Make embedding and head one parameter again, where they should be."""
         if not self.tie_embeddings:
             return
-        # Nothing to do, or nothing that could be assigned, where an adapter wraps the head.
+        if not isinstance(self.lm_head, nn.Linear | QuantizedLinear):
+            # An adapter has wrapped the head; what is in it is still the same parameter.
+            return
         if self.lm_head.weight is not self.embedding.weight:
             self.lm_head.weight = self.embedding.weight
         if self.quantized is not None:
@@ -201,8 +204,7 @@ class LM(FusedStep, Pretrained):
         Raises:
             ShapeError: an argument does not fit, or a token is out of range.
         """
-        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
-        hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
+        hidden, ragged = self._run(tokens, mask, seq_idx, dt_scale)
         return ragged.restore(self._head(hidden))
 
     def routed(
@@ -233,9 +235,19 @@ class LM(FusedStep, Pretrained):
 
         The arguments are those of `forward`.
         """
-        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
-        hidden = self.backbone.run(self._embed(ragged.pack(tokens)), ragged)
+        hidden, ragged = self._run(tokens, mask, seq_idx, dt_scale)
         return ragged.restore(self.norm_f(hidden))
+
+    def _run(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+        dt_scale: Tensor | None,
+    ) -> tuple[Tensor, Ragged]:
+        """The residual stream (b, l, d) after the last block, rows packed, and their layout."""
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
+        return self.backbone.run(self._embed(ragged.pack(tokens)), ragged), ragged
 
     def prefill_hidden(
         self,

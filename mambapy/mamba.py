@@ -19,7 +19,7 @@ Three ways through each class: `forward` for whole sequences, `prefill` for a se
 from a state and leaves one, `step` for a single token. They give the same numbers.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class MambaBlock(Mixer[SSMState]):
     Source: Gu & Dao 2023 (arXiv 2312.00752), figure 3 and Algorithm 2.
     """
 
-    wide = ("A_log", "D")
+    wide: ClassVar[tuple[str, ...]] = ("A_log", "D")
     state_kind = SSMState
 
     def __init__(self, config: MambaConfig) -> None:

@@ -18,7 +18,7 @@ What changed since Mamba-1: one decay for all channels and states of a head, so 
 becomes matrix products; B, C and dt come straight from the block's input, beside x.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ class Mamba2Block(Mixer[Mamba2State]):
     Source: Dao & Gu 2024 (arXiv 2405.21060), section 7.1 and figure 6.
     """
 
-    wide = ("A_log", "D", "dt_bias", "init_states")
+    wide: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "init_states")
     state_kind = Mamba2State
 
     def __init__(self, config: Mamba2Config) -> None:

@@ -1,5 +1,6 @@
 """Loading and saving, the same for every language model here."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from mambapy.layers import wide, wide_names
 P = TypeVar("P", bound="Pretrained")
 
 
-class Pretrained(nn.Module):
+class Pretrained(nn.Module, ABC):
     """A language model that knows its architecture: it can be saved, and made from a checkpoint.
 
     The model has `embedding` and `lm_head`, which `tie_embeddings` may make one.
@@ -23,22 +24,22 @@ class Pretrained(nn.Module):
     lm_head: Any
     tie_embeddings: bool
 
+    @abstractmethod
     def architecture(self) -> checkpoints.Architecture:
         """What the model is, apart from its numbers."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_architecture(cls: type[P], architecture: checkpoints.Architecture) -> P:
         """A new model of that architecture."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tie(self) -> None:
         """Make embedding and head one parameter again, where they should be."""
-        raise NotImplementedError
 
     @property
     def model_type(self) -> str:
-        """What our config.json calls the stack: "mamba", "mamba2", "mamba3" or "hybrid"."""
+        """What our config.json calls the stack, "mamba" for instance; see `config.MODEL_TYPES`."""
         return self.architecture().model_type
 
     def own_weights(self) -> dict[str, Tensor]:
@@ -90,10 +91,10 @@ class Pretrained(nn.Module):
         """A trained model, in eval mode, every tensor as in the file.
 
         Takes what `save_pretrained` wrote, the papers' checkpoints (Mamba-1, Mamba-2, Mamba-3 and
-        hybrids with attention), and those of transformers (mamba, mamba2, falcon_mamba, bamba) and
-        of Mistral (Codestral Mamba). Each tensor goes from the file straight to where it belongs;
-        on a CPU, in its own dtype, it stays mapped from the file, which must therefore not be
-        changed in place.
+        hybrids with attention), those of transformers (mamba, mamba2, falcon_mamba, bamba, jamba)
+        and of Mistral (Codestral Mamba). Each tensor goes from the file straight to where it
+        belongs; on a CPU, in its own dtype, it stays mapped from the file, which must therefore not
+        be changed in place.
 
         Args:
             name_or_dir: a folder, or a name on the Hugging Face hub ("state-spaces/mamba-130m"),

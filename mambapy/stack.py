@@ -90,9 +90,9 @@ class Stack(FusedStep):
             seq_idx: (b, l) integers, the document of each token, where a row packs several. A
                 negative one is padding.
             dt_scale: (b, l) >= 0, for series without a regular step: the time since the token
-                before, in steps. States decay for that long, so a gap of k gives what k - 1
-                tokens without input and without a step of their own would; attention's positions
-                are those times. All are 1 without it.
+                before, in steps. States decay for that long and the token is written once, as if
+                k - 1 steps without input had come before it where the gap is k; attention's
+                positions are those times. All are 1 without it.
 
         Returns:
             (b, l, d) in x's dtype; zeros at padding.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mambapy import checkpoints
 from mambapy.bidirectional import BiMamba2Block, BiMambaBlock
 from mambapy.config import Mamba2Config, MambaConfig, VimConfig
-from mambapy.errors import CheckpointError, ConfigError, ShapeError
+from mambapy.errors import ConfigError, ShapeError
 from mambapy.layers import RMSNorm, wide, wide_names
 from mambapy.ragged import Ragged
 from mambapy.stack import Stack
@@ -257,20 +257,8 @@ class VisionMamba(nn.Module):
         config, weights = checkpoints.open_vision(path, class_token, img_size)
         with torch.device("meta"):
             model = cls(config)
-        expected = model.state_dict()
-        problems = [
-            f"{n} {tuple(expected[n].shape)} is missing" for n in set(expected) - set(weights)
-        ]
-        problems += [
-            f"{n} {tuple(weights[n].shape)} is unexpected" for n in set(weights) - set(expected)
-        ]
-        problems += [
-            f"{n} is {tuple(weights[n].shape)} and should be {tuple(expected[n].shape)}"
-            for n in set(weights) & set(expected)
-            if weights[n].shape != expected[n].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{path}: {'; '.join(sorted(problems)[:8])}")
+        shapes = [{n: tuple(T.shape) for n, T in W.items()} for W in (weights, model.state_dict())]
+        checkpoints.check_shapes(path, *shapes)
         kept_wide = wide_names(model)
         for name, T in weights.items():
             wanted = T.dtype if dtype is None else dtype

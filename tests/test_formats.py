@@ -23,8 +23,6 @@ from tests.helpers import assert_near
 from tests.table import CANNOT, TABLE, rows_of
 
 pytest.importorskip("transformers")
-# transformers says that it runs without the official kernels.
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 each = pytest.mark.parametrize("family", [*FAMILIES])
 TARGETS = ("mambapy", "official", "hf")

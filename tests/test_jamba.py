@@ -211,7 +211,6 @@ def test_load_balancing_by_hand():  # trap 62: on raw logits
     assert_near(load_balancing_loss(spoilt, 2, mask).total, found.total, 1e-12)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformers_logits_routers_loss_and_gradients(tmp_path, masked):
     transformers = pytest.importorskip("transformers")
@@ -251,7 +250,6 @@ def test_transformers_logits_routers_loss_and_gradients(tmp_path, masked):
     assert_near(ours.embedding.weight.grad[1:], other, 1e-9)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layout", ["packed", "moe", "moe dense as its only expert"])
 def test_other_layouts_of_the_same_weights(tmp_path, layout):
     FAMILIES["hf jamba"].write(tmp_path)
@@ -282,7 +280,6 @@ def test_other_layouts_of_the_same_weights(tmp_path, layout):
     assert_near(from_pretrained(tmp_path)(tokens), expected, 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_missing_expert_is_named(tmp_path):
     FAMILIES["hf jamba"].write(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

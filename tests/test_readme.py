@@ -43,7 +43,6 @@ def write_pretrained(root):
     mamba.save_pretrained(root / "state-spaces/mamba-130m", format="official")
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_python_blocks_run(tmp_path, monkeypatch):
     write_pretrained(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -14,12 +14,14 @@ from mambapy.checkpoints.architecture import Architecture
 from mambapy.checkpoints.checkpoint import Checkpoint, copy_tokenizer, open_checkpoint, save
 from mambapy.checkpoints.files import atomic_write
 from mambapy.checkpoints.hub import find
+from mambapy.checkpoints.tensors import check_shapes
 from mambapy.checkpoints.vision import open_vision, save_vision
 
 __all__ = [
     "Architecture",
     "Checkpoint",
     "atomic_write",
+    "check_shapes",
     "copy_tokenizer",
     "find",
     "open_checkpoint",

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class Checkpoint:
         directory: where it is.
         format: how it is written.
         architecture: what model it is of.
-        tensors: the file's, by its names as the format's table has them.
+        tensors: what reads each of the file's, by its name as the format's table has it.
+        shapes: theirs.
         token_ids: which tokens begin, end and pad texts, where config.json says so.
     """
 
@@ -67,26 +69,18 @@ class Checkpoint:
             CheckpointError: a tensor is missing, unexpected or of another shape, or a head that
                 config.json calls tied is another matrix than the embedding.
         """
-        problems, used = [], set()
+        needed = {}
         for name, shape in expected.items():
-            parts = self.format.parts(name, self.architecture)
-            used |= {part.name for part in parts}
-            for part in parts:
-                wanted = (
-                    shape if part.rows is None else (part.rows, *shape[max(1, len(shape) - 1) :])
-                )
-                if part.name not in self.shapes:
-                    problems.append(f"{part.name} {wanted} is missing")
-                elif self.shapes[part.name] != wanted:
-                    found = self.shapes[part.name]
-                    problems.append(f"{part.name} is {found} and should be {wanted}")
-        extra = sorted(set(self.shapes) - used)
+            for part in self.format.parts(name, self.architecture):
+                # A part is rows of ours, which has all but its last dimension as rows.
+                rows = shape if part.rows is None else (part.rows, *shape[1:][-1:])
+                needed[part.name] = rows
+        found = dict(self.shapes)
         if self.architecture.tie_embeddings:
-            extra = [name for name in extra if not self._is_tied_head(name)]
-        problems += [f"{name} {self.shapes[name]} is unexpected" for name in extra]
-        if problems:
-            more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(f"{self.directory}: {'; '.join(problems[:8])}{more}")
+            for name in set(found) - set(needed):
+                if self._is_tied_head(name):
+                    del found[name]
+        files.check_shapes(self.directory, found, needed)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One of our tensors, in the file's dtype: mapped, or put together from its parts."""
@@ -133,7 +127,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         directory,
         form,
         architecture,
-        {ours: lambda theirs=theirs: found[theirs] for ours, theirs in names.items()},  # type: ignore[misc]
+        {ours: partial(found.__getitem__, theirs) for ours, theirs in names.items()},
         {ours: found.shape(theirs) for ours, theirs in names.items()},
         token_ids,
     )

@@ -136,6 +136,34 @@ def write(
     return {*files, stem + INDEX}
 
 
+def check_shapes(
+    source: str | Path,
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Compare the tensors of a file with those that are needed.
+
+    Args:
+        source: what to name in the message.
+        found: the shape of each tensor in the file.
+        expected: the shape of each that is needed.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
+    """
+    problems = [f"{n} {shape} is missing" for n, shape in expected.items() if n not in found]
+    problems += [
+        f"{name} is {found[name]} and should be {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    extra = sorted(set(found) - set(expected))
+    problems += [f"{name} {found[name]} is unexpected" for name in extra]
+    if problems:
+        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{source}: {'; '.join(problems[:8])}{more}")
+
+
 def weight_files(directory: Path, stem: str) -> set[str]:
     """Every file of weights with that stem in a folder: whole, shards and index."""
     name, suffix = stem.split(".")

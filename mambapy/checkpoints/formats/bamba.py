@@ -4,11 +4,17 @@ Source: transformers 5, `models/bamba/`, and its `convert_mamba_ssm_checkpoint.p
 """
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from mambapy.checkpoints.architecture import Architecture
 from mambapy.checkpoints.formats.base import Keys, Part, refuse
-from mambapy.checkpoints.formats.huggingface import HuggingFace, limits, refuse_mamba2
+from mambapy.checkpoints.formats.huggingface import (
+    HuggingFace,
+    decoder_parts,
+    limits,
+    refuse_mamba2,
+)
 from mambapy.config import HybridConfig
 
 
@@ -16,7 +22,7 @@ class HFBamba(HuggingFace):
     """BambaForCausalLM: Mamba-2 and attention, a gated MLP after each."""
 
     model_type, architecture = "bamba", "BambaForCausalLM"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "hidden_size": 4096,
         "initializer_range": 0.02,
         "vocab_size": 128000,
@@ -135,35 +141,5 @@ class HFBamba(HuggingFace):
         }
 
     def parts(self, name: str, architecture: Architecture) -> list[Part]:
-        """One of ours is several of theirs: queries, keys and values; the two halves of the MLP."""
-        top = {
-            "embedding.weight": "model.embed_tokens.weight",
-            "norm_f.weight": "model.final_layernorm.weight",
-            "lm_head.weight": "lm_head.weight",
-        }
-        if name in top:
-            return [Part(top[name])]
-        _, _, index, *path = name.split(".")
-        layer, leaf = f"model.layers.{index}", ".".join(path)
-        config: HybridConfig = architecture.config_of("hybrid")
-        renamed = {
-            "norm.weight": "input_layernorm.weight",
-            "norm2.weight": "pre_ff_layernorm.weight",
-            "mlp.fc2.weight": "feed_forward.down_proj.weight",
-        }
-        if leaf in renamed:
-            return [Part(f"{layer}.{renamed[leaf]}")]
-        if leaf == "mlp.fc1.weight":
-            names = ("up_proj", "gate_proj")
-            return [Part(f"{layer}.feed_forward.{n}.weight", config.d_mlp) for n in names]
-        if config.mixers[int(index)] != "attention":
-            return [Part(f"{layer}.mamba.{leaf.removeprefix('mixer.')}")]
-        _, projection, kind = leaf.split(".")
-        if projection == "out_proj":
-            return [Part(f"{layer}.self_attn.o_proj.{kind}")]
-        attn = config.mixer_config("attention")
-        heads = {"q_proj": attn.n_heads, "k_proj": attn.kv_heads, "v_proj": attn.kv_heads}
-        return [
-            Part(f"{layer}.self_attn.{name}.{kind}", h * attn.head_channels)
-            for name, h in heads.items()
-        ]
+        """See `decoder_parts`."""
+        return decoder_parts(name, architecture.config_of("hybrid"))

@@ -8,11 +8,11 @@ Source: transformers 5, `models/{mamba,falcon_mamba,mamba2,bamba}/configuration_
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mambapy.checkpoints.architecture import Architecture
 from mambapy.checkpoints.formats.base import Format, Keys, Part, refuse, unlike
-from mambapy.config import Mamba2Config, MambaConfig
+from mambapy.config import HybridConfig, JambaConfig, Mamba2Config, MambaConfig
 
 # What any model's config.json may have and what changes no logits.
 _HARMLESS = """
@@ -41,7 +41,7 @@ class HuggingFace(Format):
     model_type: str
     architecture: str
     # Theirs, where it is not in config.json.
-    defaults: Mapping[str, Any]
+    defaults: ClassVar[Mapping[str, Any]]
 
     def read_model(self, values: Keys) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of StackConfig and of Architecture that all of them have."""
@@ -113,7 +113,7 @@ class HFMamba(HuggingFace):
 
     model_type, architecture = "mamba", "MambaForCausalLM"
     inner_norm: Literal["none", "plain"] = "none"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "hidden_size": 768,
         "initializer_range": 0.1,
         "vocab_size": 50280,
@@ -182,7 +182,7 @@ class HFMamba2(HuggingFace):
     """Mamba2ForCausalLM. Its norm is always behind the gate, whatever `norm_before_gate` says."""
 
     model_type, architecture = "mamba2", "Mamba2ForCausalLM"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "hidden_size": 4096,
         "initializer_range": 0.1,
         "vocab_size": 32768,
@@ -240,6 +240,43 @@ class HFMamba2(HuggingFace):
             "time_step_max": config.dt_max,
             "time_step_floor": config.dt_init_floor,
         }
+
+
+def decoder_parts(name: str, config: HybridConfig | JambaConfig) -> list[Part]:
+    """One of our tensors as Bamba and Jamba call it, which name all alike but the experts.
+
+    One of ours is several of theirs: queries, keys and values; the two halves of an MLP.
+    """
+    top = {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm_f.weight": "model.final_layernorm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    if name in top:
+        return [Part(top[name])]
+    _, _, index, *path = name.split(".")
+    layer, leaf = f"model.layers.{index}", ".".join(path)
+    renamed = {
+        "norm.weight": "input_layernorm.weight",
+        "norm2.weight": "pre_ff_layernorm.weight",
+        "mlp.fc2.weight": "feed_forward.down_proj.weight",
+    }
+    if leaf in renamed:
+        return [Part(f"{layer}.{renamed[leaf]}")]
+    if leaf == "mlp.fc1.weight":
+        names = ("up_proj", "gate_proj")
+        return [Part(f"{layer}.feed_forward.{n}.weight", config.d_mlp) for n in names]
+    if config.mixers[int(index)] != "attention":
+        return [Part(f"{layer}.mamba.{leaf.removeprefix('mixer.')}")]
+    _, projection, kind = path
+    if projection == "out_proj":
+        return [Part(f"{layer}.self_attn.o_proj.{kind}")]
+    attn = config.mixer_config("attention")
+    heads = {"q_proj": attn.n_heads, "k_proj": attn.kv_heads, "v_proj": attn.kv_heads}
+    return [
+        Part(f"{layer}.self_attn.{name}.{kind}", h * attn.head_channels)
+        for name, h in heads.items()
+    ]
 
 
 def limits(value: Any) -> tuple[float, float]:

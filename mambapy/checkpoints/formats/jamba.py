@@ -8,27 +8,21 @@ of the published checkpoints.
 """
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from mambapy.checkpoints.architecture import Architecture
 from mambapy.checkpoints.formats.base import Format, Keys, Part, refuse
-from mambapy.checkpoints.formats.huggingface import HuggingFace
+from mambapy.checkpoints.formats.huggingface import HuggingFace, decoder_parts
 from mambapy.config import JambaConfig
 
-_TOP = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm_f.weight": "model.final_layernorm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-# Ours -> theirs, where the name is the same whatever the layer is.
+# Ours -> theirs.
 _FIELDS = {
-    name: name
-    for name in (
-        *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset"),
-        *("rms_norm_eps",),
-    )
-} | {
+    "attn_layer_period": "attn_layer_period",
+    "attn_layer_offset": "attn_layer_offset",
+    "expert_layer_period": "expert_layer_period",
+    "expert_layer_offset": "expert_layer_offset",
+    "rms_norm_eps": "rms_norm_eps",
     "n_heads": "num_attention_heads",
     "n_kv_heads": "num_key_value_heads",
     "n_experts": "num_experts",
@@ -55,7 +49,7 @@ class HFJamba(HuggingFace):
     """
 
     model_type, architecture = "jamba", "JambaForCausalLM"
-    defaults = {  # noqa: RUF012
+    defaults: ClassVar[Mapping[str, Any]] = {
         "hidden_size": 4096,
         "initializer_range": 0.02,
         "vocab_size": 65536,
@@ -113,49 +107,26 @@ class HFJamba(HuggingFace):
         }
 
     def parts(self, name: str, architecture: Architecture) -> list[Part]:
-        """One of ours is several of theirs: queries, keys and values; gate and up; the experts."""
-        if name in _TOP:
-            return [Part(_TOP[name])]
-        _, _, index, *path = name.split(".")
-        layer, leaf = f"model.layers.{index}", ".".join(path)
+        """See `decoder_parts`; and experts, one tensor each or packed as ours are."""
         config: JambaConfig = architecture.config_of("jamba")
-        if leaf == "norm.weight":
-            return [Part(f"{layer}.input_layernorm.weight")]
-        if leaf == "norm2.weight":
-            return [Part(f"{layer}.pre_ff_layernorm.weight")]
-        if path[0] == "mlp":
-            return self._feed_forward(f"{layer}.feed_forward", leaf, config)
-        if config.mixers[int(index)] != "attention":
-            return [Part(f"{layer}.mamba.{leaf.removeprefix('mixer.')}")]
-        if path[1] == "out_proj":
-            return [Part(f"{layer}.self_attn.o_proj.weight")]
-        attn = config.mixer_config("attention")
-        heads = {"q_proj": attn.n_heads, "k_proj": attn.kv_heads, "v_proj": attn.kv_heads}
-        return [
-            Part(f"{layer}.self_attn.{name}.weight", h * attn.head_channels)
-            for name, h in heads.items()
-        ]
-
-    def _feed_forward(self, layer: str, leaf: str, config: JambaConfig) -> list[Part]:
-        """The parts of a dense MLP, or of experts."""
-        if leaf == "mlp.router.weight":
+        block, _, leaf = name.partition(".mlp.")
+        layer = block.replace("backbone.", "model.", 1) + ".feed_forward"
+        if leaf == "router.weight":
             return [Part(f"{layer}.router.weight")]
-        if leaf == "mlp.fc2.weight":
-            return [Part(f"{layer}.down_proj.weight")]
-        if leaf == "mlp.fc1.weight":
-            return [Part(f"{layer}.{n}.weight", config.d_mlp) for n in ("up_proj", "gate_proj")]
+        projections = {"fc1": ("gate_proj", "up_proj"), "fc2": ("down_proj",)}
+        if leaf not in projections:
+            return decoder_parts(name, config)
         if self.packed:
-            return [Part(f"{layer}.experts.{'gate_up' if leaf == 'mlp.fc1' else 'down'}_proj")]
-        projections = {"mlp.fc1": ["gate_proj", "up_proj"], "mlp.fc2": ["down_proj"]}
-        rows = config.d_mlp if leaf == "mlp.fc1" else config.d_model
+            return [Part(f"{layer}.experts.{'gate_up' if leaf == 'fc1' else 'down'}_proj")]
+        rows = config.d_mlp if leaf == "fc1" else config.d_model
         return [
-            Part(f"{layer}.experts.{e}.{name}.weight", rows)
+            Part(f"{layer}.experts.{e}.{projection}.weight", rows)
             for e in range(config.n_experts)
-            for name in projections[leaf]
+            for projection in projections[leaf]
         ]
 
     def canonical(self, name: str) -> str:
-        """The newer of their names; `old_dense` does the rest, which needs the architecture."""
+        """The newer of their names; `settle` does the rest, which needs the architecture."""
         name = name.replace(".pre_moe_layernorm.", ".pre_ff_layernorm.")
         return name.replace(".moe.", ".feed_forward.")
 
