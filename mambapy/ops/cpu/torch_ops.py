@@ -4,7 +4,9 @@ torch.func.vmap.
 Each backward is a custom op as well. It has no derivative of its own: a second backward raises.
 """
 
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 
 # A schema of older torch is read from List, not from list.
 from typing import List
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambapy.ops import reference
-from mambapy.ops.cpu import conv1d, norm, selective_scan
+from mambapy.ops.cpu import conv1d, norm
 from mambapy.ops.custom_op import (
     differentiable,
     differentiable_gradients,
@@ -24,6 +26,16 @@ from mambapy.ops.custom_op import (
 )
 from mambapy.ops.direction import conv_from_the_end, scan_from_the_end
 from mambapy.ops.dispatch import is_traced
+
+
+@cache
+def _kernels(name: str, device_type: str) -> ModuleType:
+    """The kernels of an op for a device: modules of one name in ops/cpu and ops/gpu."""
+    return import_module(f"mambapy.ops.{'gpu' if device_type == 'cuda' else 'cpu'}.{name}")
+
+
+def _scans(x: Tensor) -> ModuleType:
+    return _kernels("selective_scan", x.device.type)
 
 
 @custom_op("mambapy::cpu_selective_scan", mutates_args=())
@@ -42,7 +54,7 @@ def _scan(
     save: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return selective_scan.forward(
+    return _scans(x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         save=save,
@@ -54,7 +66,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save, reverse=
     b, l, e = x.shape
     n = A.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = selective_scan.saved_shape(b, l, e, n) if save else (0,)
+    starts = _scans(x).saved_shape(b, l, e, n) if save else (0,)
     y = x.new_empty(b, l, e)
     return y, x.new_empty(b, e, n, dtype=wide), x.new_empty(starts, dtype=wide)
 
@@ -77,7 +89,7 @@ def _scan_backward(
     dt_softplus: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = selective_scan.backward(
+    grads = _scans(x).backward(
         grad_y, grad_last, starts,
         x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse,
     )  # fmt: skip
@@ -278,7 +290,7 @@ def cpu_selective_scan(
     reverse: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan.forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
+    """The kernels' `forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
     save = _has_gradient(*tensors)
     if save or is_traced():
@@ -286,7 +298,7 @@ def cpu_selective_scan(
         save = save or not torch.compiler.is_compiling()
         y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save, reverse)
         return y, last
-    y, last, _ = selective_scan.forward(
+    y, last, _ = _scans(x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         out=out,
