@@ -1,6 +1,7 @@
-"""The backend `gpu` of the ops. What the kernels need is imported when the first one runs."""
+"""The backend `gpu` of the ops. What its kernels need is imported when the first one runs."""
 
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -16,29 +17,31 @@ def _is_installed(package: str, module: str) -> bool:
     )
 
 
-# torch's CUDA builds bring it on Linux.
+# torch's CUDA builds bring both on Linux.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_CUDA_BINDINGS = _is_installed("cuda", "bindings")
 OLDEST = 8
 MOST_STATES = 256
-FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+# One row of a norm stays in registers.
+LARGEST_NORM = 16384
 
 
-def why_not_this_card(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, x is on {device.type}"
+def why_not_this_card(x: Tensor) -> str | None:
+    """Why kernels cannot run where x is, or None."""
+    if x.device.type != "cuda":
+        return f"it needs a CUDA device, x is on {x.device.type}"
     # torch.compile sees through this question, and not through get_device_capability.
-    card = torch.cuda.get_device_properties(device)
+    card = torch.cuda.get_device_properties(x.device)
     if card.major < OLDEST:
         return f"{card.name} has compute capability {card.major}.{card.minor}: it needs 8.0"
     return None
 
 
 def refuses_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Tensor | None, **options: Any
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any, **options: Any
 ) -> str | None:
-    """Why the kernels cannot run a scan, or None."""
-    why = why_not_this_card(x.device)
+    """Why the CUDA C++ kernels cannot run a scan, or None."""
+    why = why_not_this_card(x)
     if why is not None:
         return why
     if not HAS_CUDA_BINDINGS:
@@ -50,10 +53,47 @@ def refuses_scan(
     return None
 
 
+def refuses_triton(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    """Why Triton's kernels cannot run a call on x and the rest, or None."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    why = None if interpreted else why_not_this_card(x)
+    if why is not None:
+        return why
+    tensors = (T for T in (x, *args, *kwargs.values()) if isinstance(T, Tensor))
+    if any(T.dtype == torch.float64 for T in tensors):
+        return "it calculates in float32, and is given float64"
+    return None
+
+
+def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> str | None:
+    """Why the kernel cannot run a norm, or None."""
+    if weight is None:
+        return "it needs a weight"
+    if x.shape[-1] > LARGEST_NORM:
+        return f"it is for at most {LARGEST_NORM} channels, x has {x.shape[-1]}"
+    return refuses_triton(x, weight)
+
+
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`ops.selective_scan` in one pass: y (b, l, e) and the last state (b, e, n)."""
-    from mambapy.ops.cpu import torch_ops
+    from mambapy.ops import kernel_ops
 
-    return torch_ops.cpu_selective_scan(x, dt, A, B, C, *optional, **options)
+    return kernel_ops.selective_scan(x, dt, A, B, C, *optional, **options)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """`ops.causal_conv1d` in one pass."""
+    from mambapy.ops import kernel_ops
+
+    return kernel_ops.causal_conv1d(x, weight, bias, **options)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm` in one pass."""
+    from mambapy.ops import kernel_ops
+
+    return kernel_ops.rms_norm(x, weight, None, eps)[0]

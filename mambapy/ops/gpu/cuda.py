@@ -84,7 +84,9 @@ def compiled(name: str, settings: Settings, arch: str) -> bytes:
     """
     source = source_of(name, settings)
     options = [f"-arch={arch}", "-std=c++17"]
-    digest = hashlib.sha256("\n".join((source, *options, *map(str, _version()))).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\n".join((source, *options, *map(str, _version()))).encode()
+    ).hexdigest()
     cached = _cache_folder() / f"{name}-{arch}-{digest[:24]}.cubin"
     if cached.is_file():
         return cached.read_bytes()
@@ -113,7 +115,9 @@ def _load(call: Launch, device: torch.device) -> int:
         code = compiled(call.name, call.settings, f"sm_{major}{minor}")
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         name = call.name.encode()
-        kernel = _check(driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name))))
+        kernel = _check(
+            driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name)))
+        )
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(kernel, most, call.shared))
         return kernel

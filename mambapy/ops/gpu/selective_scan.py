@@ -7,7 +7,7 @@ launch before theirs finds what each hands to the next.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -78,16 +78,18 @@ def forward(
     b, l, e = x.shape
     n = A.shape[1]
     lanes = lanes or forward_lanes(b, l, e, n, x.device)
-    wide = {"dtype": torch.float32, "device": x.device}
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     y = torch.empty(b, l, e, dtype=x.dtype, device=x.device) if out is None else out
-    last = torch.empty(b, e, n, **wide)
-    starts = torch.empty(saved_shape(b, l, e, n) if save else (0,), **wide)
+    last = empty(b, e, n)
+    starts = empty(saved_shape(b, l, e, n) if save else (0,))
     A, D, dt_bias, state = _weights(A, D, dt_bias, state)
     x, dt, B, C, z = _rowwise(x, dt, B, C, z)
     carried = None
     if lanes.segments > 1:
-        carried = torch.empty(2 * lanes.segments, b, e, n, **wide)
-        _carry(lanes, carried, dt, A, B, x, None, dt_bias, seq_idx, dt_softplus, reverse, forward=True)
+        carried = empty(2 * lanes.segments, b, e, n)
+        _carry(
+            lanes, carried, dt, A, B, x, None, dt_bias, seq_idx, dt_softplus, reverse, forward=True
+        )
     rows = _Rows(reverse)
     columns = lanes.channels
     args = [
@@ -128,21 +130,22 @@ def backward(
     n = A.shape[1]
     lanes = lanes or backward_lanes(b, l, e, n, x.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    wide = {"dtype": torch.float32, "device": x.device}
-    grad_x, grad_dt = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty(
-        b, l, e, dtype=dt.dtype, device=x.device
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    grad_x, grad_dt = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty(b, l, e, dtype=dt.dtype, device=x.device),
     )
     grad_z = None if z is None else torch.empty(b, l, e, dtype=z.dtype, device=x.device)
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
-    make = torch.empty if deterministic else torch.zeros
-    grad_B, grad_C = make(parts, b, l, n, **wide), make(parts, b, l, n, **wide)
+    make = empty if deterministic else partial(torch.zeros, dtype=torch.float32, device=x.device)
+    grad_B, grad_C = make(parts, b, l, n), make(parts, b, l, n)
     segments = lanes.segments
-    grad_A = torch.empty(segments * b, e, n, **wide)
-    grad_D = None if D is None else torch.empty(segments * b, e, **wide)
-    grad_bias = None if dt_bias is None else torch.empty(segments * b, e, **wide)
-    grad_state = None if state is None else torch.empty(b, e, n, **wide)
+    grad_A = empty(segments * b, e, n)
+    grad_D = None if D is None else empty(segments * b, e)
+    grad_bias = None if dt_bias is None else empty(segments * b, e)
+    grad_state = None if state is None else empty(b, e, n)
     originals = [x, dt, A, B, C, D, z, dt_bias, state]
 
     A, D, dt_bias, grad_last = _weights(A, D, dt_bias, grad_last)
@@ -150,7 +153,7 @@ def backward(
     columns = lanes.channels
     carried = None
     if segments > 1:
-        carried = torch.empty(2 * segments, b, e, n, **wide)
+        carried = empty(2 * segments, b, e, n)
         _carry(lanes, carried, dt, A, C, grad_y, z, dt_bias, seq_idx, dt_softplus, reverse)
     rows = _Rows(reverse)
     args = [
@@ -272,13 +275,18 @@ def _settings(
     lanes: Lanes, n: int, rows: _Rows, softplus: bool, seq_idx: Tensor | None, shared: int
 ) -> dict[str, str | int]:
     """What every kernel is compiled with."""
-    sizes = {"S": lanes.S, "SL": lanes.SL, "WARPS": lanes.warps, "EXACT": int(lanes.S * lanes.SL == n)}
+    sizes = {
+        "S": lanes.S,
+        "SL": lanes.SL,
+        "WARPS": lanes.warps,
+        "EXACT": int(n == lanes.S * lanes.SL),
+    }
     sizes |= {"BUFFERS": lanes.buffers, "SHARED": shared, "SEQ": int(seq_idx is not None)}
     return sizes | {"SOFTPLUS": int(softplus)} | rows.settings
 
 
 def _shared_bytes(lanes: Lanes, rows: _Rows, *, staged: int, b_c: int, more: int = 0) -> int:
-    """Shared memory: float32 rows, `staged` a channel and `b_c` a state, `more` numbers, raw tiles."""
+    """Shared memory: `staged` float32 rows a channel, `b_c` a state, `more` numbers; raw tiles."""
     floats = lanes.channels * (staged * PITCH + 2) + b_c * lanes.states * PITCH + TILE + more
     return 4 * floats + rows.raw_bytes(lanes) + 64
 

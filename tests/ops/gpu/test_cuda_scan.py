@@ -55,7 +55,9 @@ def expected_of(args, grad_y, grad_last, *, softplus=True, reverse=False):
     turned = {k: flip(v) if k in STEPWISE else v for k, v in wide.items()}
     y, last = reference.selective_scan(**turned, dt_softplus=softplus)
     y = flip(y)
-    grads = torch.autograd.grad((y, last), list(leaves.values()), (grad_y.cpu().double(), grad_last.cpu().double()))
+    grads = torch.autograd.grad(
+        (y, last), list(leaves.values()), (grad_y.cpu().double(), grad_last.cpu().double())
+    )
     return {"y": y.detach(), "last": last.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -115,7 +117,9 @@ def test_any_number_of_states(n):
     check(drawn(40, n, e=5), Lanes(S, padded // S, **few))
 
 
-@pytest.mark.parametrize("lanes", [Lanes(2, 8, warps=2, run=16), Lanes(8, 2, warps=2, run=4)], ids=str)
+@pytest.mark.parametrize(
+    "lanes", [Lanes(2, 8, warps=2, run=16), Lanes(8, 2, warps=2, run=4)], ids=str
+)
 def test_any_division_of_the_work(lanes):
     check(drawn(70, 16, e=35), lanes)
 
@@ -217,7 +221,7 @@ def test_refusals_name_the_reason(monkeypatch):
     with pytest.raises(BackendError, match="x is on cpu"):
         ops.selective_scan(**cpu, backend="gpu")
     monkeypatch.setattr(backend, "HAS_CUDA_BINDINGS", False)
-    monkeypatch.setattr(backend, "why_not_this_card", lambda device: None)
+    monkeypatch.setattr(backend, "why_not_this_card", lambda x: None)
     assert "pip install mambapy[gpu]" in backend.refuses_scan(**cpu)
     monkeypatch.setattr(backend, "HAS_CUDA_BINDINGS", True)
     assert backend.refuses_scan(**cpu) is None
@@ -228,6 +232,7 @@ def test_refusals_name_the_reason(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_auto_takes_the_kernels_with_autograd(dtype):
     for l, seq_idx in itertools.product((1, 65, 1000), (True, False)):
@@ -241,10 +246,13 @@ def test_auto_takes_the_kernels_with_autograd(dtype):
         results = ops.selective_scan(**(args | leaves), dt_softplus=True, return_state=True)
         grads = torch.autograd.grad(results, list(leaves.values()), grad)
         found = dict(zip(("y", "last", *leaves), (*results, *grads), strict=True))
-        assert_near({k: v.cpu() for k, v in found.items()}, expected_of(args, *grad), TOLERANCES[dtype])
+        assert_near(
+            {k: v.cpu() for k, v in found.items()}, expected_of(args, *grad), TOLERANCES[dtype]
+        )
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 def test_more_than_two_to_the_31_numbers():
     b, l, e, n = 2, 2**19, 2**11 + 64, 1
     x = torch.empty(b, l, e, dtype=BF16, device="cuda").normal_()
@@ -254,7 +262,13 @@ def test_more_than_two_to_the_31_numbers():
     y, last, _ = selective_scan.forward(x, x, A, B, B, dt_softplus=True, out=x.clone())
     tail = slice(l - 200, l)
     near, state = reference.selective_scan(
-        *(x[:, tail].double(), x[:, tail].double(), A.double(), B[:, tail].double(), B[:, tail].double()),
+        *(
+            x[:, tail].double(),
+            x[:, tail].double(),
+            A.double(),
+            B[:, tail].double(),
+            B[:, tail].double(),
+        ),
         dt_softplus=True,
     )
     # The state forgets what is 150 steps old.
