@@ -171,7 +171,7 @@ def backward(
     args += [rows.first(grad_B[0]), rows.first(grad_C[0]), *rows.strides(grad_B[0])]
     args += [pointer(grad_A), pointer(grad_D), pointer(grad_bias), pointer(grad_state), b, l, e, n]
     runs, threads = TILE // lanes.run, lanes.warps * WARP
-    extra = runs * lanes.S * threads + 2 * lanes.warps * lanes.run * 2 * lanes.S * lanes.SL
+    extra = (runs - 1) * lanes.S * threads + 2 * lanes.warps * lanes.run * 2 * lanes.S * lanes.SL
     extra += 4 * lanes.channels * TILE
     shared = _shared_bytes(lanes, rows, staged=3, b_c=2, more=extra)
     settings = _settings(lanes, n, rows, dt_softplus, seq_idx, shared)

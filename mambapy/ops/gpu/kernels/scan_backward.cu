@@ -30,7 +30,7 @@ struct Shared {
     alignas(16) float bias[CHANNELS], skip[CHANNELS];
     // Of each step and channel, from a tile's beginning to its end: dt, its slope, silu(z), its slope.
     float step_kept[CHANNELS][TILE], slope[CHANNELS][TILE], gate[CHANNELS][TILE], gate_slope[CHANNELS][TILE];
-    float start[RUNS][S][THREADS];
+    float start[RUNS - 1][S][THREADS];  // h before each run but the first
     float sums[2][WARPS][RUN][2 * STATES];
     Tile<X_T, TILE, CHANNELS> x[BUFFERS];
     Tile<DT_T, TILE, CHANNELS> dt[BUFFERS];
@@ -186,8 +186,6 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
         }
         float h[S], before[RUN][S], decays[RUN][S];
         get_states<EXACT>(h, starts + place(row * tiles + tile), real ? count : 0);
-#pragma unroll
-        for (int i = 0; i < S; i++) sm.start[0][i][threadIdx.x] = h[i];
         __syncthreads();
         if (BUFFERS == 2 && tile + 1 < end_tile) store(tile + 1);
         if (BUFFERS == 2 && tile > first_tile) {
@@ -199,14 +197,18 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
         for (int run = 1; run < RUNS; run++) {
             run_on<false>(sm, mine, s, (run - 1) * RUN, rate, h, before, decays);
 #pragma unroll
-            for (int i = 0; i < S; i++) sm.start[run][i][threadIdx.x] = h[i];
+            for (int i = 0; i < S; i++) sm.start[run - 1][i][threadIdx.x] = h[i];
         }
 
 #pragma unroll 1
         for (int run = RUNS - 1; run >= 0; run--, turn ^= 1) {
             const int from = run * RUN;
+            if (run > 0) {
 #pragma unroll
-            for (int i = 0; i < S; i++) h[i] = sm.start[run][i][threadIdx.x];
+                for (int i = 0; i < S; i++) h[i] = sm.start[run - 1][i][threadIdx.x];
+            } else {
+                get_states<EXACT>(h, starts + place(row * tiles + tile), real ? count : 0);
+            }
             run_on<true>(sm, mine, s, from, rate, h, before, decays);
 
 #pragma unroll
