@@ -7,7 +7,7 @@ launch before theirs finds what each hands to the next.
 """
 
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -264,11 +264,16 @@ class _Rows:
 
 def _vector(T: Tensor, columns: int) -> int:
     """How many neighbours one access can take: at most 16 bytes, aligned, a divisor of all."""
-    vector = 16 // T.element_size()
-    steps = (columns, T.shape[-1], *T.stride()[:-1], T.data_ptr() // T.element_size())
-    while any(step % vector for step in steps):
-        vector //= 2
-    return vector
+    size = T.element_size()
+    return _divisor(16 // size, columns, T.shape[-1], *T.stride()[:-1], T.data_ptr() // size % 16)
+
+
+@lru_cache(1024)
+def _divisor(most: int, *counts: int) -> int:
+    """The largest power of two, at most `most`, that divides all of `counts`."""
+    while any(count % most for count in counts):
+        most //= 2
+    return most
 
 
 def _settings(
@@ -314,7 +319,7 @@ def _sum(parts: Tensor) -> Tensor:
 FEW_WARPS, MANY_WARPS = 6, 20
 
 
-@cache
+@lru_cache(1024)
 def forward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
     """The division that was fastest where it was measured (an H100; benchmarks/results)."""
     lanes = _division(b, l, e, n, device)
@@ -323,7 +328,7 @@ def forward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes
     return replace(lanes, warps=4 if _warps(lanes, b, e, device) < MANY_WARPS else 8)
 
 
-@cache
+@lru_cache(1024)
 def backward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
     """The same of the backward pass, whose blocks must be large: each adds to B's and C's sums."""
     return _division(b, l, e, n, device)
