@@ -69,6 +69,7 @@ class GpuPlan(KeepingPlan):
 
     def __init__(self, batch: int, device: torch.device) -> None:
         super().__init__(batch, torch.float32, device)
+        self.kernels = 0
         self._launches: list[_Launch] = []
         self._later: dict[Rows, _Norm | _Linear] = {}
         # What became part of its reader, and is nowhere to be read again.
@@ -255,19 +256,20 @@ class GpuPlan(KeepingPlan):
         product of x, which the convolution has just made.
         """
         up = self._later.get(dt)
-        if not isinstance(up, _Linear) or up.norm is not None or up.weights.scale is not None:
+        if not isinstance(up, _Linear) or up.weights.scale is not None:
             return {}
-        pieces = {"dt": up.x, "b": B, "c": C}
-        waiting = [self._later.get(rows) for rows in pieces.values()]
-        norms = [N for N in waiting if isinstance(N, _Norm) and N.groups == 1 and N.z is None]
-        if norms and len(norms) < 3:
+        norms = [up.norm, *(self._later.get(rows) for rows in (B, C))]
+        if not any(norms):
+            sources = [up.x, B, C]
+        elif all(isinstance(N, _Norm) and N.groups == 1 and N.z is None for N in norms):
+            sources = [N.x for N in norms if N]
+        else:
             return {}
-        sources = [N.x for N in norms] or list(pieces.values())
         whole = next((y for y in self._later if all(_within(rows, y) for rows in sources)), None)
         product, last = self._later.get(whole) if whole else None, self._launches[-1]
-        if not isinstance(product, _Linear) or product.x != x or product.norm is not None:
+        if not isinstance(product, _Linear) or product.norm or product.weights.bias is not None:
             return {}
-        if last.kernel is not kernel._conv or last.args["y"] != x or product.weights.bias is not None:
+        if product.x != x or last.kernel is not kernel._conv or last.args["y"] != x:
             return {}
         out, blocks = product.weights.weight.shape[0], last.grid[0]
         parts = self.rows("parts", blocks * out)
@@ -275,17 +277,17 @@ class GpuPlan(KeepingPlan):
             proj=self._readable(product.weights.weight), parts=parts, OUT=out, P=_power(out),
             scale=self._readable(product.weights.scale),
         )  # fmt: skip
-        places = [Rows(parts.start + rows.start - whole.start, out, 0) for rows in sources]
+        places = [Rows(parts.start + rows.start - whole.start, out, 1) for rows in sources]
         args = dict(zip(("dt", "B", "C"), places, strict=True))
-        for i, name in enumerate(pieces):
-            args[f"{name}_norm"] = self._readable(norms[i].weight) if norms else None
-            args[f"{name}_eps"] = norms[i].eps if norms else 0.0
-        for rows in (dt, whole, *(pieces.values() if norms else ())):
+        for name, norm in zip(("dt", "b", "c"), norms, strict=True):
+            args[f"{name}_norm"] = self._readable(norm.weight) if norm else None
+            args[f"{name}_eps"] = norm.eps if norm else 0.0
+        for rows in (dt, whole, *((B, C) if any(norms) else ())):
             self._swallow(rows)
         return args | {
             "dt_pitch": out, "bc_pitch": out, "distance": self.batch * out, "PARTS": blocks,
             "dt_weight": self._readable(up.weights.weight), "dt_bias": up.weights.bias,
-            "RANK": up.x.width, "NORM": bool(norms),
+            "RANK": up.x.width, "NORM": any(norms),
         }  # fmt: skip
 
     def _launch_linear(self, stage: _Linear, y: Rows, *, add: bool = False) -> None:
@@ -332,6 +334,7 @@ class GpuPlan(KeepingPlan):
         overlap = self._overlap and bool(self._launches)
         args |= {"PDL": self._overlap, **({"launch_pdl": True} if overlap else {})}
         self._launches.append(_Launch(what, grid, args))
+        self.kernels += 1
 
     def _overwrite(self, y: Rows) -> None:
         """Launch what waits to read what is in y now."""

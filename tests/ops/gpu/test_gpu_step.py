@@ -1,6 +1,6 @@
 """The GPU's plan of a step: every stage against the CPU's plan in float64, whole models op by op."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,10 +43,19 @@ def compare(write, inputs, states=(), tolerance=3e-6):
 
 
 @pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs one after the other."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(step, "PROGRAMS", 2)
+def quick_interpreter(monkeypatch):
+    """Few programs, which run one after the other, and no work twice."""
+    if DEVICE.type != "cpu":
+        return
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(step, "PROGRAMS", 2)
+    # What a kernel calls need not prepare the language again, if the kernel has prepared all of it.
+    monkeypatch.setattr(step.kernel, "core", step.kernel.tl.core, raising=False)
+    call = lambda self, *args, **options: self.rewrite()(*args, **options)  # noqa: E731
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -145,3 +154,120 @@ def test_norms_by_themselves():
         return plan.norm(y, None, 1e-5, "again")
 
     compare(write, {"x": torch.randn(3, 12), "z": torch.randn(3, 12)})
+
+
+@pytest.fixture
+def planned_on_gpu(monkeypatch):
+    """Models that are planned as on a GPU, wherever they are."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(ops, "plan_looks_up", lambda token: True)
+        monkeypatch.setattr(ops, "step_plan", lambda x, *_: GpuPlan(x.shape[0], x.device))
+        monkeypatch.setattr(
+            ops, "refuses_fused_step", lambda *_: "grad" if torch.is_grad_enabled() else None
+        )
+
+
+def mamba(**changes):
+    sizes = {"d_model": 12, "n_layers": 1, "d_state": 5, "dt_rank": 3}
+    return LM(MambaConfig(**{**sizes, **changes}), 50)
+
+
+def mamba2(**changes):
+    sizes = {"d_model": 12, "n_layers": 1, "d_state": 5, "d_head": 8, "n_groups": 1}
+    return LM(Mamba2Config(**{**sizes, **changes}), 50)
+
+
+def away_from_the_start(lm):
+    for P in lm.parameters():
+        if P.is_floating_point():
+            nn.init.normal_(P, std=0.3)
+    return lm.to(DEVICE).eval()
+
+
+def op_by_op(lm, token, state):
+    """A step where gradients are enabled."""
+    logits, state = lm.step(token, state)
+    assert logits.requires_grad
+    return logits.detach(), state.detach()
+
+
+def check(lm, b=2, tolerance=1e-5, *, kernels=None):
+    """A step beside one op by op, from a state that stays as it is."""
+    state = lm.prefill(torch.randint(0, 50, (b, 5), device=DEVICE))[1].detach()
+    token, before = torch.randint(0, 50, (b,), device=DEVICE), state.map(torch.clone)
+    with torch.no_grad():
+        logits, new = lm.step(token, state)
+    expected, after = op_by_op(lm, token, state)
+    assert logits.dtype == expected.dtype
+    assert_near(logits, expected, tolerance)
+    assert_near(new.tensors(), after.tensors(), tolerance)
+    assert_near(state.tensors(), before.tensors(), 0.0)
+    (planned,) = lm._plans.values()
+    assert planned.output is not None
+    assert planned.plan.kernels == kernels
+
+
+def test_decoder_keeps_its_state(planned_on_gpu):
+    lm = away_from_the_start(mamba(n_layers=2))
+    state = lm.prefill(torch.randint(0, 50, (1, 5), device=DEVICE))[1].detach()
+    decode, before, expected = lm.decoder(state), state.map(torch.clone), state
+    for i, token in enumerate(torch.randint(0, 50, (3, 1), device=DEVICE)):
+        wanted, expected = op_by_op(lm, token, expected)
+        if i == 2:
+            # Found out, and planned anew from the last state.
+            lm.norm_f.weight = nn.Parameter(lm.norm_f.weight * 2)
+            wanted = wanted * 2
+        with torch.no_grad():
+            assert_near(decode(token), wanted, 1e-5)
+    assert_near(decode.state.tensors(), expected.tensors(), 1e-5)
+    assert_near(state.tensors(), before.tensors(), 0.0)
+    assert not lm._plans
+    decode.close()
+    assert len(lm._plans) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "b", "tolerance"),
+    [
+        (torch.float32, 1, 1e-5),
+        (torch.bfloat16, 3, 0.03),
+        (torch.bfloat16, 9, 0.03),
+        (torch.float16, 9, 5e-3),
+    ],
+)
+def test_a_model(planned_on_gpu, dtype, b, tolerance):
+    # The embedding, four kernels a layer, and the head; norms by themselves in float16.
+    kernels = 8 if (dtype, b) == (torch.float16, 9) else 6
+    check(away_from_the_start(mamba()).to(dtype), b, tolerance, kernels=kernels)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": True, "conv_bias": False, "d_conv": 1, "residual_in_fp32": False},
+        {"inner_norm": "learned"},
+        {"inner_norm": "plain", "d_state": 1, "dt_rank": 20, "d_model": 9},
+    ],
+    ids=str,
+)
+def test_mamba_in_other_shapes(planned_on_gpu, changes):
+    check(away_from_the_start(mamba(**changes)), kernels=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "b", "kernels"),
+    [
+        ({}, 1, 6),
+        ({"n_groups": 3}, 3, 7),
+        ({"D_has_hdim": True, "dt_limit": (0.3, 0.9), "conv_bias": False}, 9, 6),
+    ],
+    ids=str,
+)
+def test_mamba2(planned_on_gpu, changes, b, kernels):
+    check(away_from_the_start(mamba2(**changes)), b, kernels=kernels)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("b", [1, 9])
+def test_quantised(planned_on_gpu, kind, b):
+    check(away_from_the_start(mamba()).quantize(kind), b, kernels=6)
