@@ -128,7 +128,11 @@ def test_what_a_gpu_computes_ahead_is_not_seen(model, tokenizer, monkeypatch, sa
 
     def results():
         pieces = list(model.generate_stream(tokenizer, "abc", **texts))
-        return generate_tokens(model, ids, **options), model.generate(tokenizer, "abc", **texts), pieces
+        return (
+            generate_tokens(model, ids, **options),
+            model.generate(tokenizer, "abc", **texts),
+            pieces,
+        )
 
     now = results()
     monkeypatch.setattr(generation, "most_ahead", lambda device: 3)

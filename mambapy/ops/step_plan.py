@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows begin at multiples of this many numbers: a vector of the CPU's kernels, or several of a GPU's.
+# Rows begin at multiples of this many numbers: whole vectors of every kernel.
 ALIGNED = 32
 
 

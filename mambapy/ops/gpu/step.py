@@ -16,16 +16,13 @@ that, or is launched by itself. States live in the plan and are changed in place
 from typing import Any, NamedTuple
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from mambapy.ops.gpu import step_kernel as kernel
+from mambapy.ops.gpu import step_tiles as tiles
 from mambapy.ops.step_plan import KeepingPlan, Rows, Weights
 
-# Up to so many rows, products are sums of numbers; beyond, tensor cores are faster.
-MATVEC_ROWS = 8
-# Programs that keep every multiprocessor of a large card busy.
-PROGRAMS = 132
 # Whether a kernel starts while the one before it still runs, where the card can do that.
 OVERLAP = True
 
@@ -97,7 +94,7 @@ class GpuPlan(KeepingPlan):
             kernel._embed, (self.batch,),
             tokens=self._tokens[-1], table=self._readable(table.weight),
             scale=self._readable(table.scale), y=y, pitch=y.pitch, count=count, D=d,
-            BLOCK=_power(d), num_warps=8,
+            BLOCK=tiles.power(d), num_warps=8,
         )  # fmt: skip
         return y
 
@@ -114,7 +111,7 @@ class GpuPlan(KeepingPlan):
         """A product, into the room `name` or added to the rows `add_to`."""
         norm = self._later.get(x)
         # Numbers in float16 might overflow before they are normalised.
-        fits = self.batch <= MATVEC_ROWS or self._between != torch.float16
+        fits = self.batch <= tiles.MATVEC_ROWS or self._between != torch.float16
         if isinstance(norm, _Norm) and norm.groups == 1 and norm.z is None and fits:
             self._swallow(x)
         else:
@@ -133,13 +130,13 @@ class GpuPlan(KeepingPlan):
         y = self.rows("conv", e)
         self._ready(x)
         self._overwrite(y)
-        # The fewer blocks, the fewer parts of a product have to be added up.
-        E, R = (32, 1) if self.batch * e <= 8192 else (64, 4)
+        E, R, warps = tiles.conv(e, self.batch)
         self._launch(
             kernel._conv, (-(-e // E), -(-self.batch // R)),
             x=x, x_pitch=x.pitch, state=self._state(k - 1, e), weight=self._readable(weight),
             bias=self._readable(bias), y=y, y_pitch=y.pitch, proj=None, scale=None, parts=None,
-            rows=self.batch, e=e, TAPS=k, T=_power(k), SILU=silu, OUT=1, P=1, E=E, R=R,
+            rows=self.batch, e=e, TAPS=k, T=tiles.power(k), SILU=silu, OUT=1, P=1, E=E, R=R,
+            num_warps=warps,
         )  # fmt: skip
         return y
 
@@ -160,25 +157,25 @@ class GpuPlan(KeepingPlan):
         """`ops.selective_scan_step`; A may be given as log(-A); has a state."""
         e, n = x.width, B.width
         y = self.rows("scan", e)
-        args: dict[str, Any] = self._selective(x, dt, B, C) if dt_bias is None else {}
-        if not args:
+        args = self._selective(x, dt, B, C) if dt_bias is None else None
+        if args is None:
             self._ready(dt, B, C)
             args = {
                 "dt": dt, "dt_pitch": dt.pitch, "dt_weight": None, "dt_bias": dt_bias, "B": B,
                 "C": C, "bc_pitch": B.pitch, "distance": 0, "RANK": 1, "PARTS": 1, "NORM": False,
-            } | dict.fromkeys(("dt_norm", "b_norm", "c_norm")) | dict.fromkeys(
-                ("dt_eps", "b_eps", "c_eps"), 0.0
-            )  # fmt: skip
+            }  # fmt: skip
+            for name in ("dt", "b", "c"):
+                args |= {f"{name}_norm": None, f"{name}_eps": 0.0}
         args["dt_bias"] = self._readable(args["dt_bias"])
         self._ready(x, z)
         self._overwrite(y)
-        E, R = (16, 1) if self.batch * e <= 8192 else (32, 4)
+        E, R, warps = tiles.scan(e, self.batch)
         self._launch(
             kernel._scan, (-(-e // E), -(-self.batch // R)),
             x=x, x_pitch=x.pitch, A=self._readable(A), D=self._readable(D), z=z,
             z_pitch=0 if z is None else z.pitch, state=self._state(e, n), y=y, y_pitch=y.pitch,
-            rows=self.batch, e=e, STATES=n, S=_power(n), W=_power(args["RANK"]),
-            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, **args,
+            rows=self.batch, e=e, STATES=n, S=tiles.power(n), W=tiles.power(args["RANK"]),
+            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, num_warps=warps, **args,
         )  # fmt: skip
         return y
 
@@ -201,14 +198,14 @@ class GpuPlan(KeepingPlan):
         y = self.rows("scan", x.width)
         self._ready(x, dt, B, C)
         self._overwrite(y)
-        E = min(16, _power(d_head))
+        E, warps = tiles.ssd(d_head, self.batch)
         self._launch(
             kernel._ssd, (-(-d_head // E), h, self.batch),
             x=x, x_pitch=x.pitch, dt=dt, dt_pitch=dt.pitch, dt_bias=self._readable(dt_bias),
             A_log=self._readable(A_log), B=B, C=C, bc_pitch=B.pitch, D=self._readable(D), z=None,
             z_pitch=0, state=self._state(h, d_head, n), y=y, y_pitch=y.pitch,
             low=float(dt_limit[0]), high=float(dt_limit[1]), heads=h, heads_of_group=h // n_groups,
-            STATES=n, S=_power(n), HEAD=d_head, BY_CHANNEL=D.dim() == 2, E=E,
+            STATES=n, S=tiles.power(n), HEAD=d_head, BY_CHANNEL=D.dim() == 2, E=E, num_warps=warps,
         )  # fmt: skip
         return y
 
@@ -249,45 +246,46 @@ class GpuPlan(KeepingPlan):
         """Copies of the states."""
         return [T.clone() for T in self._states]
 
-    def _selective(self, x: Rows, dt: Rows, B: Rows, C: Rows) -> dict[str, Any]:
+    def _selective(self, x: Rows, dt: Rows, B: Rows, C: Rows) -> dict[str, Any] | None:
         """What a scan takes if it makes dt itself and adds up what the convolution found.
 
-        Empty unless dt is a product of a piece, and B and C are pieces, perhaps normalised, of one
+        None unless dt is a product of a piece, and B and C are pieces, perhaps normalised, of one
         product of x, which the convolution has just made.
         """
         up = self._later.get(dt)
         if not isinstance(up, _Linear) or up.weights.scale is not None:
-            return {}
-        norms = [up.norm, *(self._later.get(rows) for rows in (B, C))]
-        if not any(norms):
-            sources = [up.x, B, C]
-        elif all(isinstance(N, _Norm) and N.groups == 1 and N.z is None for N in norms):
-            sources = [N.x for N in norms if N]
-        else:
-            return {}
-        whole = next((y for y in self._later if all(_within(rows, y) for rows in sources)), None)
-        product, last = self._later.get(whole) if whole else None, self._launches[-1]
+            return None
+        waiting = [up.norm, self._later.get(B), self._later.get(C)]
+        norms = [N for N in waiting if isinstance(N, _Norm) and N.groups == 1 and N.z is None]
+        if len(norms) not in (0, 3):
+            return None
+        sources = [N.x for N in norms] or [up.x, B, C]
+        whole, product = next(
+            ((y, P) for y, P in self._later.items() if all(_within(rows, y) for rows in sources)),
+            (x, None),
+        )
         if not isinstance(product, _Linear) or product.norm or product.weights.bias is not None:
-            return {}
+            return None
+        last = self._launches[-1]
         if product.x != x or last.kernel is not kernel._conv or last.args["y"] != x:
-            return {}
+            return None
         out, blocks = product.weights.weight.shape[0], last.grid[0]
         parts = self.rows("parts", blocks * out)
         last.args.update(
-            proj=self._readable(product.weights.weight), parts=parts, OUT=out, P=_power(out),
+            proj=self._readable(product.weights.weight), parts=parts, OUT=out, P=tiles.power(out),
             scale=self._readable(product.weights.scale),
         )  # fmt: skip
         places = [Rows(parts.start + rows.start - whole.start, out, 1) for rows in sources]
-        args = dict(zip(("dt", "B", "C"), places, strict=True))
-        for name, norm in zip(("dt", "b", "c"), norms, strict=True):
-            args[f"{name}_norm"] = self._readable(norm.weight) if norm else None
-            args[f"{name}_eps"] = norm.eps if norm else 0.0
-        for rows in (dt, whole, *((B, C) if any(norms) else ())):
+        args: dict[str, Any] = dict(zip(("dt", "B", "C"), places, strict=True))
+        for name, N in zip(("dt", "b", "c"), norms or (None, None, None), strict=True):
+            args[f"{name}_norm"] = self._readable(N.weight) if N else None
+            args[f"{name}_eps"] = N.eps if N else 0.0
+        for rows in (dt, whole, *((B, C) if norms else ())):
             self._swallow(rows)
         return args | {
             "dt_pitch": out, "bc_pitch": out, "distance": self.batch * out, "PARTS": blocks,
             "dt_weight": self._readable(up.weights.weight), "dt_bias": up.weights.bias,
-            "RANK": up.x.width, "NORM": any(norms),
+            "RANK": up.x.width, "NORM": bool(norms),
         }  # fmt: skip
 
     def _launch_linear(self, stage: _Linear, y: Rows, *, add: bool = False) -> None:
@@ -301,19 +299,19 @@ class GpuPlan(KeepingPlan):
             "eps": norm.eps if norm else 0.0, "y": y, "y_pitch": y.pitch, "out": out,
             "rows": self.batch, "INNER": inner, "NORM": norm is not None, "ADD": add,
         }  # fmt: skip
-        if self.batch <= MATVEC_ROWS:
-            N, K, warps = matvec_tile(out, inner, _power(self.batch))
-            args |= {"B": _power(self.batch), "N": N, "K": K, "num_warps": warps}
+        if self.batch <= tiles.MATVEC_ROWS:
+            N, K, warps = tiles.matvec(out, inner, self.batch)
+            args |= {"B": tiles.power(self.batch), "N": N, "K": K, "num_warps": warps}
             self._launch(kernel._matvec, (-(-out // N),), **args)
             return
-        N, B, K, warps, deep = matmul_tile(out, inner, self.batch, self._between)
+        N, B, K, warps, deep = tiles.matmul(out, inner, self.batch, self._between)
         if norm is None and self._between.itemsize == 2 and x in self._places.values():
             # Nobody else reads it: half the bytes.
             self._narrow[x.start] = self._between
         args |= {"B": B, "N": N, "K": K, "num_warps": warps, "num_stages": deep}
         # Triton's interpreter has no products of bfloat16.
         numbers = self._between if self.device.type == "cuda" else torch.float32
-        args["IN"] = getattr(kernel.tl, str(numbers).removeprefix("torch."))
+        args["IN"] = getattr(tl, str(numbers).removeprefix("torch."))
         self._launch(kernel._matmul, (-(-out // N), -(-self.batch // B)), **args)
 
     def _launch_norm(self, stage: _Norm, y: Rows) -> None:
@@ -324,7 +322,7 @@ class GpuPlan(KeepingPlan):
             kernel._norm, (self.batch, groups),
             x=x, x_pitch=x.pitch, z=z, z_pitch=0 if z is None else z.pitch,
             weight=self._readable(weight), eps=eps, y=y, y_pitch=y.pitch, WIDTH=width,
-            BLOCK=_power(width),
+            BLOCK=tiles.power(width),
         )  # fmt: skip
 
     def _launch(self, what: Any, grid: tuple[int, ...], **args: Any) -> None:
@@ -431,27 +429,3 @@ class GpuPlan(KeepingPlan):
 def _within(rows: Rows, y: Rows) -> bool:
     """Whether `rows` are columns of the room that y fills."""
     return y.start <= rows.start < y.start + y.pitch
-
-
-def _power(size: int) -> int:
-    """The smallest power of two that is not smaller."""
-    return triton.next_power_of_2(size)
-
-
-def matvec_tile(out: int, inner: int, rows: int) -> tuple[int, int, int]:
-    """Outputs and inputs of a program at a time, and its warps."""
-    K = min(_power(inner), max(1024 // rows, 128))
-    N = max(1, 8192 // (rows * K))
-    while N > 1 and out // N < PROGRAMS:
-        N //= 2
-    return N, K, 4
-
-
-def matmul_tile(
-    out: int, inner: int, rows: int, dtype: torch.dtype
-) -> tuple[int, int, int, int, int]:
-    """Outputs, rows and inputs of a program at a time, its warps, and loads in flight."""
-    N = 16 if out <= 2048 else 32 if out <= 16384 else 64
-    # Products of float32 have no tensor cores, and are written out in full.
-    K = min(max(_power(inner), 16), 128 if dtype.itemsize == 2 else 32)
-    return N, min(max(_power(rows), 16), 64), K, 4, 3

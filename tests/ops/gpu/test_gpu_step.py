@@ -1,4 +1,4 @@
-"""The GPU's plan of a step: every stage against the CPU's plan in float64, whole models op by op."""
+"""The GPU's plan: every stage against the CPU's plan in float64, whole models op by op."""
 
 from dataclasses import replace
 
@@ -36,7 +36,8 @@ def compare(write, inputs, states=(), tolerance=3e-6):
         new, given = [T.to(on) for T in states], [T.to(on) for T in inputs.values()]
         kept = [T.clone() for T in new]
         new = plan.run(given, plan.run(given, new))
-        assert all(torch.equal(*pair) for pair in zip(kept, [T.to(on) for T in states]))
+        for T, before in zip(states, kept, strict=True):
+            assert torch.equal(T.to(on), before)
         results.append([plan.result(y).cpu(), *(T.cpu() for T in new)])
     for want, got in zip(*results, strict=True):
         assert_near(got, want.to(got.dtype), tolerance)
@@ -49,9 +50,9 @@ def quick_interpreter(monkeypatch):
         return
     from triton.runtime import interpreter
 
-    monkeypatch.setattr(step, "PROGRAMS", 2)
+    monkeypatch.setattr(step.tiles, "PROGRAMS", 2)
     # What a kernel calls need not prepare the language again, if the kernel has prepared all of it.
-    monkeypatch.setattr(step.kernel, "core", step.kernel.tl.core, raising=False)
+    monkeypatch.setattr(step.kernel, "core", step.tl.core, raising=False)
     call = lambda self, *args, **options: self.rewrite()(*args, **options)  # noqa: E731
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
     options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
