@@ -35,23 +35,33 @@ class Snapshot:
         modules = list(model.modules())
         # Only what is called in a step can have a hook that matters.
         leaves = [module for module in modules if not module._modules]
-        self._entries = [
-            (table, name, value)
+        entries = [
+            (table, name)
             for module in modules
             for table in (module._modules, module._parameters)
-            for name, value in table.items()
+            for name in table
         ]
-        self._entries += [(M.__dict__, name, M.__dict__.get(name)) for M in leaves for name in READ]
-        self._hooks = [(table, len(table)) for leaf in leaves for table in hook_tables(leaf)]
-        parameters = [P for M in modules for P in M._parameters.values() if P is not None]
-        self._places = [(P, P.data_ptr(), P.dtype) for P in parameters]
+        # What a layer has not, but for a `forward` of its own, it does not read.
+        own = ((M.__dict__, name) for M in leaves for name in READ)
+        entries += [(D, name) for D, name in own if name in D or name == "forward"]
+        self._entries = entries
+        # They stay alive here, so that no other can have their ids.
+        self._values = [table.get(name) for table, name in entries]
+        self._ids = list(map(id, self._values))
+        tables = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
+        self._hooks = list(tables.values())
+        self._sizes = list(map(len, self._hooks))
+        self._parameters = [P for M in modules for P in M._parameters.values() if P is not None]
+        self._places = [P.data_ptr() for P in self._parameters]
+        self._dtypes = [P.dtype for P in self._parameters]
 
     def holds(self) -> bool:
-        """Whether all of it is as it was."""
+        """Whether all of it is as it was; asked before every step, so it must be quick."""
         return (
-            all(table.get(name) is value for table, name, value in self._entries)
-            and all(P.data_ptr() == place and P.dtype == dtype for P, place, dtype in self._places)
-            and all(len(table) == size for table, size in self._hooks)
+            [id(table.get(name)) for table, name in self._entries] == self._ids
+            and [P.data_ptr() for P in self._parameters] == self._places
+            and [P.dtype for P in self._parameters] == self._dtypes
+            and list(map(len, self._hooks)) == self._sizes
         )
 
 
@@ -129,9 +139,11 @@ class FusedStep(nn.Module):
         key = (x.shape[0], x.is_floating_point(), x.device, state.dtype)
         # Taken out while it is in use, so that another thread makes its own.
         planned = self._plans.pop(key, None)
-        if planned is None or not planned.snapshot.holds():
-            planned = self._make_plan(key, x, state.dtype, backend)
-        return planned
+        if planned is not None and not planned.snapshot.holds():
+            # Nor do the others, and they keep parameters alive that may be gone.
+            self._plans.clear()
+            planned = None
+        return planned or self._make_plan(key, x, state.dtype, backend)
 
     def keep_plan(self, planned: _Planned) -> None:
         """Put a plan away for the next step."""

@@ -32,10 +32,13 @@ def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int]:
 
 def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Outputs, rows and inputs of a program at a time, its warps, and loads in flight."""
-    N = 16 if out <= 2048 else 32 if out <= 16384 else 64
+    N, warps = (16, 4) if out <= 2048 else (32, 4) if out <= 16384 else (64, 8)
+    B = min(max(power(rows), 16), 64)
+    while B > 16 and -(-out // N) * -(-rows // B) < PROGRAMS:
+        B //= 2
     # Products of float32 have no tensor cores, and are written out in full.
-    K = min(max(power(inner), 16), 128 if dtype.itemsize == 2 else 32)
-    return N, min(max(power(rows), 16), 64), K, 4, 3
+    K = min(max(power(inner), 16), 64 if dtype.itemsize == 2 else 32)
+    return N, B, K, warps, 4
 
 
 def conv(e: int, rows: int) -> tuple[int, int, int]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mambapy import ops
+from mambapy import fused, ops
 from mambapy.config import Mamba2Config, MambaConfig
+from mambapy.generation import generate_tokens
 from mambapy.lm import LM
 from mambapy.ops.cpu.step import CpuPlan
 from mambapy.ops.step_plan import Weights
@@ -272,3 +273,48 @@ def test_mamba2(planned_on_gpu, changes, b, kernels):
 @pytest.mark.parametrize("b", [1, 9])
 def test_quantised(planned_on_gpu, kind, b):
     check(away_from_the_start(mamba()).quantize(kind), b, kernels=6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fifty_tokens_of_a_graph_are_those_op_by_op(monkeypatch, overlap):
+    monkeypatch.setattr(step, "OVERLAP", overlap)
+    lm = away_from_the_start(mamba(d_model=256, n_layers=4, d_state=16))
+    ids = torch.randint(0, 50, (3, 5), device=DEVICE)
+    for options in ({"sample": False}, {"seed": 1}, {"seed": 1, "eos": 7}):
+        found = generate_tokens(lm, ids, num_tokens=50, **options)
+        (planned,) = lm._plans.values()
+        assert planned.plan._graph is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "refuses_fused_step", lambda *_: "to compare")
+            assert torch.equal(found, generate_tokens(lm, ids, num_tokens=50, **options))
+
+
+@pytest.mark.gpu
+def test_repeats_are_equal_bit_for_bit_and_graphs_are_few():
+    lm = away_from_the_start(mamba(d_model=256, n_layers=2)).to(torch.bfloat16)
+    for b in (1, 2, 4, 16, 64, 3):
+        state, token = lm.init_state(b), torch.arange(b, device=DEVICE) % 50
+        with torch.no_grad():
+            results = [lm.step(token, state) for _ in range(3)]
+        for logits, new in results[1:]:
+            assert torch.equal(logits, results[0][0])
+            assert_near(new.tensors(), results[0][1].tensors(), 0.0)
+    assert len(lm._plans) == fused.MOST_PLANS
+    lm.step(token, state)
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        for b in (5, 6, 7, 8, 5, 6, 7, 8):
+            lm.step(torch.zeros(b, dtype=torch.int64, device=DEVICE), lm.init_state(b))
+    assert torch.cuda.memory_allocated() < before + 20e6
+
+
+@pytest.mark.gpu
+def test_a_model_that_moves_away_is_not_kept():
+    lm = away_from_the_start(mamba(d_model=1024))
+    with torch.no_grad():
+        lm.step(torch.zeros(1, dtype=torch.int64, device=DEVICE), lm.init_state(1))
+    size = sum(P.numel() * P.element_size() for P in lm.parameters())
+    before = torch.cuda.memory_allocated()
+    lm.to("cpu")
+    assert torch.cuda.memory_allocated() < before - 0.9 * size
