@@ -35,18 +35,12 @@ class Snapshot:
         modules = list(model.modules())
         # Only what is called in a step can have a hook that matters.
         leaves = [module for module in modules if not module._modules]
-        entries = [
-            (table, name)
-            for module in modules
-            for table in (module._modules, module._parameters)
-            for name in table
-        ]
+        self._tables = [T for M in modules for T in (M._modules, M._parameters)]
         # What a layer has not, but for a `forward` of its own, it does not read.
         own = ((M.__dict__, name) for M in leaves for name in READ)
-        entries += [(D, name) for D, name in own if name in D or name == "forward"]
-        self._entries = entries
+        self._own = [(D, name) for D, name in own if name in D or name == "forward"]
         # They stay alive here, so that no other can have their ids.
-        self._values = [table.get(name) for table, name in entries]
+        self._values = self._seen()
         self._ids = list(map(id, self._values))
         tables = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
         self._hooks = list(tables.values())
@@ -58,11 +52,16 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether all of it is as it was; asked before every step, so it must be quick."""
         return (
-            [id(table.get(name)) for table, name in self._entries] == self._ids
+            list(map(id, self._seen())) == self._ids
             and [P.data_ptr() for P in self._parameters] == self._places
             and [P.dtype for P in self._parameters] == self._dtypes
             and list(map(len, self._hooks)) == self._sizes
         )
+
+    def _seen(self) -> list[Any]:
+        """What the modules consist of."""
+        parts = [part for table in self._tables for part in table.values()]
+        return parts + [D.get(name) for D, name in self._own]
 
 
 @dataclass
@@ -155,13 +154,16 @@ class FusedStep(nn.Module):
         self, key: tuple[Any, ...], x: Tensor, dtype: torch.dtype, backend: str
     ) -> _Planned:
         """Plan a step as the model is now."""
-        snapshot, plan = Snapshot(self), ops.step_plan(x, dtype, backend)
+        snapshot = Snapshot(self)
         # Numbers elsewhere than in plain memory of x's device (a quantised tensor of another
         # library, for instance) have no address that a kernel could read.
         readable = all(
             type(P) in (nn.Parameter, Tensor) and P.device == x.device for P in self.parameters()
         )
-        output = self.plan_step(plan, self.plan_input(plan, x)) if readable else None
+        # What a plan makes is used again outside of inference mode.
+        with torch.inference_mode(False):
+            plan = ops.step_plan(x, dtype, backend)
+            output = self.plan_step(plan, self.plan_input(plan, x)) if readable else None
         return _Planned(key, snapshot, plan, output)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -86,6 +86,16 @@ def test_equals_op_by_op_in_every_shape(changes):
     check(model(**changes))
 
 
+def test_inference_mode_leaves_nothing_behind():
+    lm = model().to(torch.bfloat16)
+    state, token = warm_state(lm, 2), torch.tensor([1, 2])
+    with torch.inference_mode():
+        expected, _ = lm.step(token, state)
+    with torch.no_grad():
+        assert torch.equal(lm.step(token, state)[0], expected)
+    assert len(lm._plans) == 1
+
+
 def test_stack_alone():
     torch.manual_seed(0)
     stack = Mamba(MambaConfig(d_model=40, n_layers=2))

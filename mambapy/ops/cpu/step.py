@@ -162,7 +162,8 @@ class CpuPlan(StepPlan):
     def _finish(self) -> None:
         """Make the workspace, and what the kernel takes, from all stages."""
         # Vectors may be read beyond the end of the last row.
-        self._workspace = torch.empty(self._size + 2 * LANES, dtype=self.dtype)
+        with torch.inference_mode(False):
+            self._workspace = torch.empty(self._size + 2 * LANES, dtype=self.dtype)
         stages = len(self._numbers) // kernel.FIELDS
         head = [*[0] * SIZES, stages, self._workspace.data_ptr(), self.batch]
         head += [0] * (FIRST_SLOT - len(head))

@@ -13,6 +13,8 @@ To that end a norm or a product waits in `_later` until something reads it, and 
 that, or is launched by itself. States live in the plan and are changed in place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -222,29 +224,32 @@ class GpuPlan(KeepingPlan):
 
     def load(self, states: list[Tensor]) -> None:
         """Take over states, in the order of the stages that have one; they are not changed."""
-        self._finish()
-        with torch.no_grad():
-            for mine, given in zip(self._states, states, strict=True):
-                mine.copy_(given)
+        with self._here():
+            self._finish()
+            if states:
+                torch._foreach_copy_(self._states, states)
 
     def advance(self, inputs: list[Tensor]) -> None:
         """Run every stage, from the states that the last one left."""
-        if self._done is not None:
-            # It may have been on another stream.
-            self._done.wait()
         places = [*self._tokens, *map(self._view, self._inputs)]
-        for place, x in zip(places, inputs, strict=True):
-            place.copy_(x)
-        if self._graph is None:
-            self._launch_all()
-        else:
-            self._graph.replay()
-        if self._done is not None:
-            self._done.record()
+        with self._here():
+            if self._done is not None:
+                # The last step may have been on another stream.
+                self._done.wait()
+            for place, x in zip(places, inputs, strict=True):
+                place.copy_(x)
+            if self._graph is None or self._done is None:
+                self._launch_all()
+            else:
+                self._graph.replay()
+                self._done.record()
 
     def states(self) -> list[Tensor]:
         """Copies of the states."""
-        return [T.clone() for T in self._states]
+        copies = [torch.empty_like(T) for T in self._states]
+        if copies:
+            torch._foreach_copy_(copies, self._states)
+        return copies
 
     def _selective(self, x: Rows, dt: Rows, B: Rows, C: Rows) -> dict[str, Any] | None:
         """What a scan takes if it makes dt itself and adds up what the convolution found.
@@ -380,10 +385,17 @@ class GpuPlan(KeepingPlan):
             return
         for y in list(self._later):
             self._now(y)
-        self._workspace = torch.zeros(self._size, device=self.device)
+        with torch.inference_mode(False):
+            self._workspace = torch.zeros(self._size, device=self.device)
         if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                self._capture()
+            self._capture()
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """On the plan's device, without gradients."""
+        cuda = self.device.type == "cuda"
+        with torch.no_grad(), torch.cuda.device(self.device) if cuda else nullcontext():
+            yield
 
     def _capture(self) -> None:
         """Launch everything once, which compiles it, and once more into the graph."""
