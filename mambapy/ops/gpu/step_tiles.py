@@ -44,12 +44,12 @@ def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, in
 def conv(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
     E = max(32 if rows <= MATVEC_ROWS else 64, power(-(-e // PARTS)))
-    return E, 1 if rows <= MATVEC_ROWS else 4, 4 if E < 128 else 8
+    return E, 1, 4 if E < 128 else 8
 
 
 def scan(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
-    return 16 if rows * e <= 2048 else 32, 1 if rows <= MATVEC_ROWS else 4, 4
+    return 16 if rows * e <= 2048 else 32 if rows <= MATVEC_ROWS else 64, 1, 4
 
 
 def ssd(head: int, rows: int) -> tuple[int, int]:
