@@ -10,6 +10,7 @@ from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, official, reference
 from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.direction import conv_from_the_end
+from mambapy.ops.gpu import backend as gpu
 from mambapy.ops.selective_scan import check_seq_idx
 
 
@@ -63,7 +64,7 @@ def causal_conv1d(  # type: ignore[misc]
     dispatch.check_out(out, x, weight, bias, state)
     options: dict[str, Any] = {"activation": activation, "state": state, "seq_idx": seq_idx}
     run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
-    if run is cpu.causal_conv1d:
+    if run in (cpu.causal_conv1d, gpu.causal_conv1d):
         options |= {"out": out, "reverse": reverse}
     elif reverse:
         run = partial(conv_from_the_end, run)
@@ -192,6 +193,7 @@ BACKENDS = dispatch.register(
     "causal_conv1d",
     [
         dispatch.Backend("cpu", cpu.causal_conv1d, cpu.refuses),
+        dispatch.Backend("gpu", gpu.causal_conv1d, gpu.refuses_triton),
         dispatch.Backend("official", official.causal_conv1d, official.refuses_conv),
         dispatch.Backend("reference", reference.causal_conv1d),
     ],

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from mambapy.ops import dispatch
 from mambapy.ops.cpu import backend as cpu
+from mambapy.ops.gpu import backend as gpu
 from mambapy.ops.step_plan import StepPlan
-
-# PyTorch for CUDA brings it, on Linux.
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-OLDEST_GPU = (8, 0)
 
 
 def refuses_fused_step(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> str | None:
@@ -65,24 +60,7 @@ def _refuses_gpu(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> str | 
     """Why the GPU's plan cannot run it, or None."""
     if backend not in ("auto", "gpu"):
         return f"the model's backend is {backend}"
-    if dispatch.is_traced():
-        return "torch.compile and torch.func cannot see through it"
-    if torch.is_grad_enabled():
-        return "it has no gradient: use torch.no_grad()"
-    if x.device.type != "cuda":
-        return f"it needs a CUDA device, x is on {x.device.type}"
-    if not HAS_TRITON:
-        return "triton is not installed"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < OLDEST_GPU:
-        return "the GPU has compute capability {}.{}: it needs 8.0 or newer".format(*capability)
-    if dtype != torch.float32:
-        return f"it calculates in float32, the states are {dtype}"
-    if torch.is_autocast_enabled("cuda"):
-        return "it does not follow autocast"
-    if torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph cannot be part of another"
-    return None
+    return gpu.refuses_plan(x, dtype)
 
 
 def _op_by_op(x: Tensor, dtype: torch.dtype, backend: str = "auto") -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from mambapy.errors import ShapeError
 from mambapy.ops import dispatch, reference
 from mambapy.ops.cpu import backend as cpu
+from mambapy.ops.gpu import backend as gpu
 
 
 def rms_norm(
@@ -42,6 +43,7 @@ BACKENDS = dispatch.register(
     "rms_norm",
     [
         dispatch.Backend("cpu", cpu.rms_norm, cpu.refuses_norm),
+        dispatch.Backend("gpu", gpu.rms_norm, gpu.refuses_norm),
         dispatch.Backend("reference", reference.rms_norm),
     ],
 )

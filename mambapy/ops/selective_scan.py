@@ -10,6 +10,7 @@ from mambapy.errors import ShapeError
 from mambapy.ops import chunked, dispatch, official, reference
 from mambapy.ops.cpu import backend as cpu
 from mambapy.ops.direction import scan_from_the_end
+from mambapy.ops.gpu import backend as gpu
 from mambapy.ops.reference import continues, step_size, wide_dtype
 from mambapy.pscan import pscan
 
@@ -63,7 +64,7 @@ def selective_scan(  # type: ignore[misc]
         return_state: whether to return h after the last step too.
         out: (b, l, e) where to write y, in x's dtype; it may be x, dt or z itself, which saves
             memory. Only where no gradient is needed.
-        backend: "auto", or one of "cpu", "official", "chunked", "pscan", "reference".
+        backend: "auto", or one of "cpu", "gpu", "official", "chunked", "pscan", "reference".
 
     Returns:
         y (b, l, e) in x's dtype; with `return_state` also the state (b, e, n), float32 or wider.
@@ -83,7 +84,7 @@ def selective_scan(  # type: ignore[misc]
         "seq_idx": seq_idx,
     }
     run = dispatch.pick("selective_scan", BACKENDS, backend, x, dt, A, B, C, D, z, **options)
-    if run is cpu.selective_scan:
+    if run in (cpu.selective_scan, gpu.selective_scan):
         options |= {"out": out, "reverse": reverse}
     elif reverse:
         run = partial(scan_from_the_end, run)
@@ -230,6 +231,7 @@ BACKENDS = dispatch.register(
     "selective_scan",
     [
         dispatch.Backend("cpu", cpu.selective_scan, cpu.refuses),
+        dispatch.Backend("gpu", gpu.selective_scan, gpu.refuses_scan),
         dispatch.Backend("official", official.selective_scan, official.refuses_scan),
         dispatch.Backend("chunked", chunked.selective_scan),
         dispatch.Backend("pscan", _pscan),

@@ -328,11 +328,11 @@ def test_operators_are_well_formed():
     args = scan_args(l=70, e=24, dtype=torch.float32)
     positional = [args[k] for k in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")]
     torch.library.opcheck(
-        torch.ops.mambapy.cpu_selective_scan.default,
+        torch.ops.mambapy.selective_scan.default,
         (*positional, args["seq_idx"], True, True, True),
     )
     args = conv_args(l=70, e=24, dtype=torch.float32)
-    torch.library.opcheck(torch.ops.mambapy.cpu_causal_conv1d.default, (*args.values(), True, True))
+    torch.library.opcheck(torch.ops.mambapy.causal_conv1d.default, (*args.values(), True, True))
 
 
 @pytest.mark.parametrize("op", [ops.selective_scan, ops.causal_conv1d])

@@ -1,7 +1,6 @@
 """Fused kernels for the CPU, in Numba: compiled to the machine's own instructions at first use.
 
 backend         what the dispatch of mambapy.ops sees
-torch_ops       the kernels as torch operators, with gradients
 selective_scan  conv1d  norm  step       kernels, or what launches them
 scan_forward  scan_backward  step_kernel the kernels of the scan and of a decoding step
 exp             exp, softplus, SiLU on vectors

@@ -24,22 +24,22 @@ def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *optional: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`ops.selective_scan` in one pass: y (b, l, e) and the last state (b, e, n)."""
-    from mambapy.ops.cpu import torch_ops
+    from mambapy.ops import kernel_ops
 
     # x's dtype decides what the kernels calculate in.
     wide = wide_dtype(x, dt, A, B, C, options.get("state"))
     run_in = wide if wide == torch.float64 else x.dtype
-    y, last = torch_ops.cpu_selective_scan(x.to(run_in), dt, A, B, C, *optional, **options)
+    y, last = kernel_ops.selective_scan(x.to(run_in), dt, A, B, C, *optional, **options)
     return y.to(x.dtype), last
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """`ops.causal_conv1d` in one pass."""
-    from mambapy.ops.cpu import torch_ops
+    from mambapy.ops import kernel_ops
 
     wide = wide_dtype(x, weight, options.get("state"))
     run_in = wide if wide == torch.float64 else x.dtype
-    return torch_ops.cpu_causal_conv1d(x.to(run_in), weight, bias, **options).to(x.dtype)
+    return kernel_ops.causal_conv1d(x.to(run_in), weight, bias, **options).to(x.dtype)
 
 
 def keys_and_queries(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,9 +72,9 @@ def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` in one pass."""
-    from mambapy.ops.cpu import torch_ops
+    from mambapy.ops import kernel_ops
 
-    return torch_ops.cpu_rms_norm(x, weight, None, eps)[0]
+    return kernel_ops.rms_norm(x, weight, None, eps)[0]
 
 
 def refuses_step(x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:

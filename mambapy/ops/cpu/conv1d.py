@@ -1,5 +1,5 @@
 """Causal depthwise convolution with bias and SiLU, forward and backward; autograd is in
-`torch_ops.py`.
+`ops/kernel_ops.py`.
 
 A task is one batch row and one block of channels. Rows are staged TILE at a time behind the k - 1
 rows before them. `reach` of a step is how many steps back its taps may look: k - 1, or less where

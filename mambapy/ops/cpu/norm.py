@@ -1,4 +1,4 @@
-"""RMSNorm with an optional residual addition, forward and backward; autograd is in `torch_ops.py`.
+"""RMSNorm with an optional residual addition, forward and backward; autograd: `ops/kernel_ops.py`.
 
 A task is ROWS rows, so that the parts of the weight's gradient do not depend on the number of
 threads.

@@ -1,5 +1,5 @@
 """Selective scan (Mamba-1), forward and backward, on plain tensors; autograd is in
-`torch_ops.py`."""
+`ops/kernel_ops.py`."""
 
 import torch
 from torch import Tensor

@@ -1,1 +1,8 @@
-"""Kernels for NVIDIA GPUs, in Triton; each module is imported where its first kernel is needed."""
+"""Fused kernels for NVIDIA GPUs, compiled for the card at first use and kept on disk.
+
+backend          what the dispatch of mambapy.ops sees; it imports nothing that a GPU needs
+selective_scan   what launches kernels/scan_*.cu: CUDA C++, for what needs every register told
+cuda             their compilation by NVRTC, and their launch
+conv1d  norm     kernels in Triton
+step             a model's decoding step: a CUDA graph of step_kernel.py's kernels, in Triton
+"""

@@ -8,7 +8,7 @@ from numba import cfunc, types
 from mambapy.ops.cpu import conv1d, exp, step
 from mambapy.ops.cpu.memory import load, pointer, store
 from mambapy.ops.cpu.simd import LANES
-from mambapy.ops.cpu.torch_ops import cpu_causal_conv1d, cpu_rms_norm
+from mambapy.ops.kernel_ops import causal_conv1d, rms_norm
 from tests.ops.cpu import exact as reference
 
 
@@ -38,7 +38,7 @@ def test_conv(l, k, packed, dtype):
     exact = [v.clone().requires_grad_() for v in values]
     ours = [v.to(dtype).requires_grad_() for v in values]
     for silu in (True, False):
-        y = cpu_causal_conv1d(
+        y = causal_conv1d(
             *ours[:3], activation="silu" if silu else None, state=ours[3], seq_idx=seq
         )
         y0 = reference.causal_conv1d(*exact, seq_idx=seq, silu=silu)
@@ -75,7 +75,7 @@ def test_norm(d, fused, dtype):
     values = values if fused else values[:2]
     exact = [v.clone().requires_grad_() for v in values]
     ours = [v.to(dtype).requires_grad_() for v in values]
-    y, s = cpu_rms_norm(*ours)
+    y, s = rms_norm(*ours)
     y0, s0 = reference.rms_norm(*exact)
     outs, outs0 = ([y, s], [y0, s0]) if fused else ([y], [y0])
     # At d = 1 the gradient is eps-small; its error is set by the cancellation p - u mean(p u).

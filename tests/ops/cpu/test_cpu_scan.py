@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
+from mambapy.ops import kernel_ops
 from mambapy.ops.cpu import selective_scan, step
 from mambapy.ops.cpu.selective_scan import channels_of_a_task
-from mambapy.ops.cpu.torch_ops import cpu_selective_scan
 from tests.helpers import assert_near
 from tests.ops.cpu import exact as reference
 
@@ -44,7 +44,7 @@ def documents(b, l, seed=0):
 def call(values, dtype, seq_idx=None, softplus=True):
     v = {k: t.to(dtype) for k, t in values.items() if t is not None}
     x, dt, A, B, C = (v[k] for k in NAMES[:5])
-    return cpu_selective_scan(
+    return kernel_ops.selective_scan(
         x, dt, A, B, C, v.get("D"), v.get("z"), dt_bias=v.get("dt_bias"), dt_softplus=softplus,
         state=v.get("state"), seq_idx=seq_idx,
     )  # fmt: skip
@@ -59,7 +59,7 @@ def check(values, dtype, seq_idx=None, softplus=True, tolerance=None, floor=1e-3
     ours = {k: values[k].to(dtype).clone().requires_grad_() for k in names}
     y0, h0 = reference.selective_scan(**exact, seq_idx=seq_idx, softplus=softplus)
     x, dt, A, B, C = (ours[k] for k in NAMES[:5])
-    y, h = cpu_selective_scan(
+    y, h = kernel_ops.selective_scan(
         x, dt, A, B, C, ours.get("D"), ours.get("z"), dt_bias=ours.get("dt_bias"),
         dt_softplus=softplus, state=ours.get("state"), seq_idx=seq_idx,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def test_strides_and_no_writes():
 
 def gradients(values, dtype=torch.float32):
     v = {k: t.to(dtype).requires_grad_() for k, t in values.items()}
-    y, h = cpu_selective_scan(
+    y, h = kernel_ops.selective_scan(
         *[v[k] for k in NAMES[:7]], dt_bias=v["dt_bias"], dt_softplus=True, state=v["state"]
     )
     (y.square().sum() + h.sum()).backward()
@@ -255,7 +255,7 @@ def test_after_fork(threads):
 def test_nan_and_inf_stay_where_they_are():
     v = {k: t.float() for k, t in inputs(2, 70, 64, 4).items()}
     v["x"][0, 30, 7] = float("nan")
-    y, _ = cpu_selective_scan(*[v[k] for k in NAMES[:5]], dt_softplus=True)
+    y, _ = kernel_ops.selective_scan(*[v[k] for k in NAMES[:5]], dt_softplus=True)
     assert y[0, 30:, 7].isnan().all()
     y[0, 30:, 7] = 0
     assert y.isfinite().all()

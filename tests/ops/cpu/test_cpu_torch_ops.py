@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from mambapy.ops.cpu.torch_ops import cpu_causal_conv1d, cpu_rms_norm, cpu_selective_scan
+from mambapy.ops.kernel_ops import causal_conv1d, rms_norm, selective_scan
 from tests.ops.cpu.test_cpu_scan import NAMES, inputs
 
 
 def block(x, w, dt, A, B, C, norm):
-    x, _ = cpu_rms_norm(x, norm)
-    x = cpu_causal_conv1d(x, w, activation="silu")
-    return cpu_selective_scan(x, dt, A, B, C, dt_softplus=True)[0]
+    x, _ = rms_norm(x, norm)
+    x = causal_conv1d(x, w, activation="silu")
+    return selective_scan(x, dt, A, B, C, dt_softplus=True)[0]
 
 
 def example(b, l):
@@ -60,9 +60,9 @@ def test_vmap_of_grad():
 
 def test_second_derivatives_of_the_norm():
     x, weight = (torch.randn(*s).double().requires_grad_() for s in ((2, 8), (8,)))
-    assert torch.autograd.gradcheck(lambda *a: cpu_rms_norm(*a)[0], (x, weight))
-    assert torch.autograd.gradgradcheck(lambda *a: cpu_rms_norm(*a)[0], (x, weight))
-    y, _ = cpu_rms_norm(x, weight, x.detach())
+    assert torch.autograd.gradcheck(lambda *a: rms_norm(*a)[0], (x, weight))
+    assert torch.autograd.gradgradcheck(lambda *a: rms_norm(*a)[0], (x, weight))
+    y, _ = rms_norm(x, weight, x.detach())
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
@@ -73,7 +73,7 @@ def test_second_derivatives_of_the_convolution():
     args = [a.double().requires_grad_() for a in args]
 
     def conv(x, weight, bias, state):
-        return cpu_causal_conv1d(x, weight, bias, activation="silu", state=state)
+        return causal_conv1d(x, weight, bias, activation="silu", state=state)
 
     assert torch.autograd.gradcheck(conv, args)
     assert torch.autograd.gradgradcheck(conv, args)
@@ -83,7 +83,7 @@ def test_a_second_derivative_under_torch_func_raises():
     v = inputs(1, 10, 8, 2)
 
     def loss(x):
-        y = cpu_selective_scan(x, *[v[k] for k in NAMES[1:5]], dt_softplus=True)[0]
+        y = selective_scan(x, *[v[k] for k in NAMES[1:5]], dt_softplus=True)[0]
         return y.square().sum()
 
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -97,9 +97,9 @@ def test_opcheck(op):
     if op == "scan":
         tail = [v[k] for k in ("D", "z", "dt_bias", "state")]
         args = (*[v[k] for k in NAMES[:5]], *tail, None, True, True)
-        torch.library.opcheck(ops.cpu_selective_scan.default, args)
+        torch.library.opcheck(ops.selective_scan.default, args)
     elif op == "conv":
         args = (v["x"], torch.randn(24, 4, requires_grad=True), v["D"], None, None, True)
-        torch.library.opcheck(ops.cpu_causal_conv1d.default, args)
+        torch.library.opcheck(ops.causal_conv1d.default, args)
     else:
-        torch.library.opcheck(ops.cpu_rms_norm.default, (v["x"], v["D"], v["z"], 1e-5))
+        torch.library.opcheck(ops.rms_norm.default, (v["x"], v["D"], v["z"], 1e-5))

@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 from mambapy.ops.gpu import step
 from mambapy.ops.gpu.step import GpuPlan
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 # Of 16-bit weights, what many rows are multiplied with is rounded too.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 BATCHES = (1, 3, 9)
@@ -280,6 +281,7 @@ def test_quantised(planned_on_gpu, kind, b):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
 @pytest.mark.parametrize("overlap", [False, True])
 def test_fifty_tokens_of_a_graph_are_those_op_by_op(monkeypatch, overlap):
     monkeypatch.setattr(step, "OVERLAP", overlap)
@@ -295,6 +297,7 @@ def test_fifty_tokens_of_a_graph_are_those_op_by_op(monkeypatch, overlap):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
 def test_repeats_are_equal_bit_for_bit_and_graphs_are_few():
     lm = away_from_the_start(mamba(d_model=256, n_layers=2)).to(torch.bfloat16)
     for b in (1, 2, 4, 16, 64, 3):
@@ -314,6 +317,7 @@ def test_repeats_are_equal_bit_for_bit_and_graphs_are_few():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
 def test_a_model_that_moves_away_is_not_kept():
     lm = away_from_the_start(mamba(d_model=1024))
     with torch.no_grad():

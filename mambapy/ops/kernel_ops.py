@@ -1,10 +1,12 @@
-"""The kernels as torch custom ops: autograd, torch.compile and export (fullgraph, dynamic b and l),
-torch.func.vmap.
+"""The kernels of a CPU or a GPU as torch custom ops.
 
+Autograd, torch.compile and export (fullgraph, dynamic b and l) and torch.func.vmap go through them.
 Each backward is a custom op as well. It has no derivative of its own: a second backward raises.
 """
 
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
 
 # A schema of older torch is read from List, not from list.
 from typing import List
@@ -14,7 +16,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambapy.ops import reference
-from mambapy.ops.cpu import conv1d, norm, selective_scan
 from mambapy.ops.custom_op import (
     differentiable,
     differentiable_gradients,
@@ -26,7 +27,18 @@ from mambapy.ops.direction import conv_from_the_end, scan_from_the_end
 from mambapy.ops.dispatch import is_traced
 
 
-@custom_op("mambapy::cpu_selective_scan", mutates_args=())
+@cache
+def _module(name: str, device_type: str) -> ModuleType:
+    """`name` of ops/cpu or ops/gpu: two modules with the same functions."""
+    return import_module(f"mambapy.ops.{'gpu' if device_type == 'cuda' else 'cpu'}.{name}")
+
+
+def _kernels(name: str, x: Tensor) -> ModuleType:
+    """The kernels of an op where x is."""
+    return _module(name, x.device.type)
+
+
+@custom_op("mambapy::selective_scan", mutates_args=())
 def _scan(
     x: Tensor,
     dt: Tensor,
@@ -42,7 +54,7 @@ def _scan(
     save: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return selective_scan.forward(
+    return _kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         save=save,
@@ -54,12 +66,12 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save, reverse=
     b, l, e = x.shape
     n = A.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = selective_scan.saved_shape(b, l, e, n) if save else (0,)
+    starts = _kernels("selective_scan", x).saved_shape(b, l, e, n) if save else (0,)
     y = x.new_empty(b, l, e)
     return y, x.new_empty(b, e, n, dtype=wide), x.new_empty(starts, dtype=wide)
 
 
-@custom_op("mambapy::cpu_selective_scan_backward", mutates_args=())
+@custom_op("mambapy::selective_scan_backward", mutates_args=())
 def _scan_backward(
     grad_y: Tensor,
     grad_last: Tensor | None,
@@ -77,7 +89,7 @@ def _scan_backward(
     dt_softplus: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = selective_scan.backward(
+    grads = _kernels("selective_scan", x).backward(
         grad_y, grad_last, starts,
         x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse,
     )  # fmt: skip
@@ -118,7 +130,7 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
         )
         return (*grads, None, None, None, None)
     if not ctx.save:
-        raise RuntimeError("cpu_selective_scan ran without save=True: no gradient")
+        raise RuntimeError("selective_scan ran without save=True: no gradient")
     starts, *tensors = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
@@ -132,7 +144,7 @@ _call_scan = differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4
 _call_scan_backward = differentiable(_scan_backward, nothing, never_twice, kind=list)
 
 
-@custom_op("mambapy::cpu_causal_conv1d", mutates_args=())
+@custom_op("mambapy::causal_conv1d", mutates_args=())
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -142,7 +154,7 @@ def _conv(
     silu: bool,
     reverse: bool = False,
 ) -> Tensor:
-    return conv1d.forward(
+    return _kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse
     )
 
@@ -152,7 +164,7 @@ def _(x, weight, bias, state, seq_idx, silu, reverse=False):
     return x.new_empty(x.shape)
 
 
-@custom_op("mambapy::cpu_causal_conv1d_backward", mutates_args=())
+@custom_op("mambapy::causal_conv1d_backward", mutates_args=())
 def _conv_backward(
     grad_y: Tensor,
     x: Tensor,
@@ -163,7 +175,7 @@ def _conv_backward(
     silu: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = conv1d.backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
+    grads = _kernels("conv1d", x).backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -204,9 +216,9 @@ _call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
 _call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
 
 
-@custom_op("mambapy::cpu_rms_norm", mutates_args=())
+@custom_op("mambapy::rms_norm", mutates_args=())
 def _norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, s = norm.forward(x, weight, residual, eps)
+    y, s = _kernels("norm", x).forward(x, weight, residual, eps)
     return y, x.new_empty(0) if s is None else s
 
 
@@ -216,11 +228,11 @@ def _(x, weight, residual, eps):
     return x.new_empty(x.shape), s
 
 
-@custom_op("mambapy::cpu_rms_norm_backward", mutates_args=())
+@custom_op("mambapy::rms_norm_backward", mutates_args=())
 def _norm_backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    return norm.backward(grad_y, grad_s, s, weight, eps, s.dtype)
+    return _kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype)
 
 
 @_norm_backward.register_fake
@@ -262,7 +274,7 @@ def _has_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def cpu_selective_scan(
+def selective_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -278,7 +290,7 @@ def cpu_selective_scan(
     reverse: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selective_scan.forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
+    """The kernels' `forward` with autograd: y (b, l, e) and the last state (b, e, n)."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, state)
     save = _has_gradient(*tensors)
     if save or is_traced():
@@ -286,7 +298,7 @@ def cpu_selective_scan(
         save = save or not torch.compiler.is_compiling()
         y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save, reverse)
         return y, last
-    y, last, _ = selective_scan.forward(
+    y, last, _ = _kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         out=out,
@@ -294,7 +306,7 @@ def cpu_selective_scan(
     return y, last
 
 
-def cpu_causal_conv1d(
+def causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -305,21 +317,20 @@ def cpu_causal_conv1d(
     reverse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`conv1d.forward` with autograd; `activation` is None or "silu"; the state after it:
-    `conv1d.next_state`."""
+    """The kernels' `forward` with autograd; `activation` is None or "silu"."""
     silu = activation == "silu"
     if _has_gradient(x, weight, bias, state) or is_traced():
         return _call_conv(x, weight, bias, state, seq_idx, silu, reverse)
-    return conv1d.forward(
+    return _kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse, out=out
     )
 
 
-def cpu_rms_norm(
+def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor | None]:
-    """`norm.forward` with autograd: y, and x + residual (None without a residual)."""
+    """The kernels' `forward` with autograd: y, and x + residual (None without a residual)."""
     if not (_has_gradient(x, weight, residual) or is_traced()):
-        return norm.forward(x, weight, residual, eps)
+        return _kernels("norm", x).forward(x, weight, residual, eps)
     y, s = _call_norm(x, weight, residual, eps)
     return y, None if residual is None else s

@@ -1,0 +1,183 @@
+"""CUDA C++ kernels, compiled on the user's machine when first needed, and their launch.
+
+    compiled    kernels/NAME.cu and what it needs -> machine code, by NVRTC; kept on disk
+    launch      loads it on the tensor's device and puts it on the current stream
+
+NVRTC and cuda.bindings come with torch's CUDA builds on Linux: no toolkit, no compiler of the
+system's. All arguments of a kernel are 64-bit: places of tensors and sizes.
+"""
+
+import ctypes
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambapy.errors import BackendError
+
+SOURCES = Path(__file__).parent / "kernels"
+Settings = Mapping[str, str | int]
+_lock = threading.Lock()
+_loaded: dict[tuple[Any, ...], int] = {}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel.
+
+    Args:
+        name: of its file and of its function.
+        settings: constants and types that it is compiled with.
+        grid: blocks.
+        threads: of a block.
+        shared: bytes of shared memory of a block.
+        args: the kernel's arguments.
+    """
+
+    name: str
+    settings: Settings
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    args: Sequence[int]
+
+
+def pointer(T: Tensor | None) -> int:
+    """Where a tensor's numbers are, or 0."""
+    return 0 if T is None else T.data_ptr()
+
+
+def launch(call: Launch, device: torch.device) -> None:
+    """Put a call on the device's current stream."""
+    from cuda.bindings import driver
+
+    key = (call.name, device.index, *sorted(call.settings.items()))
+    kernel = _loaded.get(key)
+    with torch.cuda.device(device):
+        if kernel is None:
+            kernel = _loaded[key] = _load(call, device)
+        values = (ctypes.c_int64 * len(call.args))(*call.args)
+        first = ctypes.addressof(values)
+        places = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
+        stream = torch.cuda.current_stream(device).cuda_stream
+        block, grid = (call.threads, 1, 1), (*call.grid, 1)
+        _check(
+            driver.cuLaunchKernel(
+                kernel, *grid, *block, call.shared, stream, ctypes.addressof(places), 0
+            )
+        )
+
+
+def compiled(name: str, settings: Settings, arch: str) -> bytes:
+    """The machine code of a kernel for an architecture ("sm_90"), from the cache where it is there.
+
+    Raises:
+        BackendError: NVRTC refuses the source; with its own words.
+    """
+    source = source_of(name, settings)
+    options = [f"-arch={arch}", "-std=c++17"]
+    digest = hashlib.sha256(
+        "\n".join((source, *options, *map(str, _version()))).encode()
+    ).hexdigest()
+    cached = _cache_folder() / f"{name}-{arch}-{digest[:24]}.cubin"
+    if cached.is_file():
+        return cached.read_bytes()
+    code = _nvrtc(name, source, options)
+    _write(cached, code)
+    return code
+
+
+def source_of(name: str, settings: Settings) -> str:
+    """The whole text of a kernel: what all share, the settings, its file."""
+    constants = "".join(
+        f"using {key} = {value};\n" if key.endswith("_T") else f"constexpr int {key} = {value};\n"
+        for key, value in sorted(settings.items())
+    )
+    files = ("machine.cuh", "common.cuh", f"{name}.cu")
+    machine, common, kernel = ((SOURCES / file).read_text() for file in files)
+    return machine + common + constants + kernel
+
+
+def _load(call: Launch, device: torch.device) -> int:
+    """The kernel of a call on a device, ready to be launched."""
+    from cuda.bindings import driver
+
+    with _lock:
+        major, minor = torch.cuda.get_device_capability(device)
+        code = compiled(call.name, call.settings, f"sm_{major}{minor}")
+        library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        name = call.name.encode()
+        kernel = _check(
+            driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name)))
+        )
+        most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(kernel, most, call.shared))
+        return kernel
+
+
+def _nvrtc(name: str, source: str, options: Sequence[str]) -> bytes:
+    """Compile."""
+    from cuda.bindings import nvrtc
+
+    _announce()
+    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
+    flags = [option.encode() for option in options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise BackendError(f"NVRTC cannot compile {name}.cu: {log.decode(errors='replace')}")
+    code = bytearray(_check(nvrtc.nvrtcGetCUBINSize(program)))
+    _check(nvrtc.nvrtcGetCUBIN(program, code))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    return bytes(code)
+
+
+@cache
+def _version() -> tuple[int, int]:
+    """NVRTC's version."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    _check((status,))
+    return major, minor
+
+
+@cache
+def _announce() -> None:
+    """Say, once a process, why the first calls take so long."""
+    sys.stderr.write("mambapy: compiling kernels for this GPU, seconds each; kept on disk\n")
+
+
+def _cache_folder() -> Path:
+    """Where machine code is kept: MAMBAPY_CACHE, or the user's cache directory."""
+    given = os.environ.get("MAMBAPY_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "mambapy"
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keep machine code, if there is a place where that can be done."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(code)
+        partial.replace(path)
+    except OSError:
+        # A read-only home: it is compiled anew in each process.
+        partial.unlink(missing_ok=True)
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings has returned after its status; raise if that is an error."""
+    status, *values = result
+    if int(status) != 0:
+        raise BackendError(f"CUDA: {status.name}")
+    return values[0] if values else None

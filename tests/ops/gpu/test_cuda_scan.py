@@ -1,0 +1,276 @@
+"""The CUDA C++ scan: on a GPU where there is one, else its threads run one after the other on the
+CPU (emulator.py). Both against the reference in float64."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from mambapy import ops
+from mambapy.errors import BackendError
+from mambapy.ops import reference
+from mambapy.ops.gpu import backend, cuda, selective_scan
+from mambapy.ops.gpu.selective_scan import Lanes
+from tests.helpers import assert_near, scan_args
+from tests.ops.gpu import emulator
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+STEPWISE = ("x", "dt", "B", "C", "z", "seq_idx")
+INPUTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Relative to the largest number of each tensor: rounding of float32, or of what is read and
+# written in 16 bits.
+TOLERANCES = {F32: 5e-6, F16: 2e-3, BF16: 1.2e-2}
+LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65]
+
+
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    if not HAS_GPU:
+        monkeypatch.setattr(selective_scan, "launch", emulator.launch)
+
+
+def drawn(l, n, dtype=F32, *, full=True, e=10, weights=F32):
+    """Arguments of a scan in a dtype; x and z are halves of one tensor, as in a model."""
+    args = {name: T.detach() for name, T in scan_args(l=l, n=n, e=e, full=full).items()}
+    if full:
+        both = torch.cat((args["x"], args["z"]), dim=-1).to(dtype)
+        args |= dict(zip("xz", both.chunk(2, dim=-1), strict=True))
+    for name, T in args.items():
+        if name != "seq_idx":
+            args[name] = T.to(dtype if name in STEPWISE else weights).to(DEVICE)
+    return {name: T.to(DEVICE) for name, T in args.items()}
+
+
+def expected_of(args, grad_y, grad_last, *, softplus=True, reverse=False):
+    """y, the last state and all gradients, by the reference in float64 on the CPU."""
+    wide = {k: v.cpu() if k == "seq_idx" else v.cpu().double() for k, v in args.items()}
+    leaves = {k: v.requires_grad_() for k, v in wide.items() if k != "seq_idx"}
+
+    def flip(T):
+        return T.flip(1) if reverse else T
+
+    turned = {k: flip(v) if k in STEPWISE else v for k, v in wide.items()}
+    y, last = reference.selective_scan(**turned, dt_softplus=softplus)
+    y = flip(y)
+    grads = torch.autograd.grad(
+        (y, last), list(leaves.values()), (grad_y.cpu().double(), grad_last.cpu().double())
+    )
+    return {"y": y.detach(), "last": last.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def actual_of(args, grad_y, grad_last, lanes, *, softplus=True, reverse=False):
+    """The same by the kernels."""
+    options = {"dt_softplus": softplus, "reverse": reverse}
+    y, last, starts = selective_scan.forward(**args, **options, save=True, lanes=lanes)
+    tensors = [args.get(name) for name in (*INPUTS, "seq_idx")]
+    grads = selective_scan.backward(
+        grad_y, grad_last, starts, *tensors, softplus, reverse, lanes=lanes
+    )
+    found = {name: grad for name, grad in zip(INPUTS, grads, strict=True) if grad is not None}
+    for name, grad in found.items():
+        assert grad.dtype == args[name].dtype
+    return {name: T.cpu() for name, T in {"y": y, "last": last, **found}.items()}
+
+
+def check(args, lanes, **options):
+    dtype = args["x"].dtype
+    b, l, e = args["x"].shape
+    n = args["A"].shape[1]
+    grad_y = torch.randn(b, l, e, device=DEVICE).to(dtype)
+    grad_last = torch.randn(b, e, n, device=DEVICE)
+    expected = expected_of(args, grad_y, grad_last, **options)
+    assert_near(actual_of(args, grad_y, grad_last, lanes, **options), expected, TOLERANCES[dtype])
+
+
+# A block has 8 channels here, e has 10: the second block is not full.
+USUAL = Lanes(4, 4, warps=1)
+
+
+@pytest.mark.parametrize("l", LENGTHS)
+@pytest.mark.parametrize("full", [True, False])
+def test_equals_the_reference_with_all_gradients(l, full):
+    check(drawn(l, 16, full=full), USUAL)
+
+
+@pytest.mark.parametrize("segments", [2, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_of_the_length_hand_on_what_passes_through(segments, reverse):
+    lanes = dataclasses.replace(USUAL, segments=segments)
+    check(drawn(130, 16), lanes, reverse=reverse)
+    # More segments than tiles: some have nothing to do.
+    check(drawn(40, 16), lanes, reverse=reverse)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_narrow_inputs_with_wide_arithmetic(dtype):
+    check(drawn(70, 16, dtype), USUAL)
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 40, 64, 256])
+def test_any_number_of_states(n):
+    padded = 1 << (n - 1).bit_length()
+    S = min(4 if n <= 16 else 8, padded)
+    few = {"warps": 2, "run": 4, "buffers": 1} if n > 128 else {"warps": 2}
+    check(drawn(40, n, e=5), Lanes(S, padded // S, **few))
+
+
+@pytest.mark.parametrize(
+    "lanes", [Lanes(2, 8, warps=2, run=16), Lanes(8, 2, warps=2, run=4)], ids=str
+)
+def test_any_division_of_the_work(lanes):
+    check(drawn(70, 16, e=35), lanes)
+
+
+def test_no_softplus():
+    args = drawn(40, 16)
+    args["dt"] = args["dt"].abs()
+    args["dt_bias"] = args["dt_bias"].abs()
+    check(args, USUAL, softplus=False)
+
+
+def test_dtypes_may_differ():
+    args = drawn(40, 16, BF16)
+    args |= {"dt": args["dt"].float(), "B": args["B"].half()}
+    check(args, USUAL)
+
+
+def test_rows_may_be_far_apart_and_anywhere():
+    args = drawn(40, 16, e=8)
+    for name in ("x", "dt", "B", "C", "z"):
+        T = args[name]
+        room = torch.randn(*T.shape[:2], T.shape[2] + 3, device=DEVICE)
+        room[..., 1:-2] = T
+        args[name] = room[..., 1:-2]
+    args["A"] = torch.cat((args["A"].new_zeros(1), args["A"].flatten()))[1:].view_as(args["A"])
+    check(args, USUAL)
+
+
+def test_deterministic_sums_are_the_same_bits_and_near_the_others():
+    args = drawn(70, 16, e=35)
+    b, l, e = args["x"].shape
+    grads = torch.randn(b, l, e, device=DEVICE), torch.randn(b, e, 16, device=DEVICE)
+    free = actual_of(args, *grads, USUAL)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (actual_of(args, *grads, USUAL) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_near(first, free, 1e-6)
+
+
+def test_y_may_be_written_over_an_input():
+    for name in ("x", "dt", "z"):
+        args = drawn(70, 16)
+        y, _, _ = selective_scan.forward(**args, dt_softplus=True, lanes=USUAL)
+        out, _, _ = selective_scan.forward(**args, dt_softplus=True, lanes=USUAL, out=args[name])
+        assert out is args[name]
+        assert torch.equal(out, y)
+
+
+def test_small_steps_keep_their_precision():  # log(1 + u) near 1
+    args = drawn(8, 16)
+    args["dt"] = torch.linspace(-40, 30, 2 * 8 * 10, device=DEVICE).view(2, 8, 10)
+    args["dt_bias"] = torch.zeros(10, device=DEVICE)
+    # With A = 0, B = C = 1 and no skip or gate, y is x dt for the first step.
+    args |= {"A": 0 * args["A"], "B": torch.ones_like(args["B"]), "C": torch.ones_like(args["C"])}
+    bare = {name: args[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")}
+    for t in range(8):
+        one = {k: v[:, t : t + 1] if k in STEPWISE else v for k, v in bare.items()}
+        y, _, _ = selective_scan.forward(**one, dt_softplus=True, lanes=USUAL)
+        step = torch.nn.functional.softplus(one["dt"].double())
+        # e^-40 is 2^-57.7, and that exponent is rounded: 57.7 ln(2) 2^-24 = 2.4e-6.
+        torch.testing.assert_close(y.double(), 16 * step * one["x"].double(), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_compile_for_every_card(arch, monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr(selective_scan, "launch", lambda call, device: calls.append(call))
+    for n, dtype, seq_idx in ((16, BF16, False), (64, BF16, False), (256, F32, True)):
+        args = drawn(70, n, dtype, e=64)
+        if not seq_idx:
+            del args["seq_idx"]
+        lanes = Lanes(8, n // 8, warps=2, run=4, buffers=1, segments=2) if n > 16 else USUAL
+        b, l, e = args["x"].shape
+        actual_of(args, torch.randn(b, l, e, device=DEVICE).to(dtype), None, lanes)
+    for call in calls:
+        code = cuda.compiled(call.name, call.settings, arch)
+        assert code[:4] == b"\x7fELF"
+    # From disk the second time.
+    monkeypatch.setattr(cuda, "_nvrtc", None)
+    assert cuda.compiled(calls[0].name, calls[0].settings, arch)[:4] == b"\x7fELF"
+
+
+def test_a_source_that_cannot_be_compiled_raises(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
+    with pytest.raises(BackendError, match="NVRTC cannot compile scan_forward"):
+        cuda.compiled("scan_forward", {"S": 4}, "sm_90")
+    with pytest.raises(BackendError, match="invalid value for --gpu-architecture"):
+        cuda.compiled("scan_forward", {"S": 4}, "sm_1")
+
+
+def test_refusals_name_the_reason(monkeypatch):
+    args = drawn(4, 16)
+    cpu = {name: T.cpu() for name, T in args.items()}
+    assert "x is on cpu" in backend.refuses_scan(**cpu)
+    with pytest.raises(BackendError, match="x is on cpu"):
+        ops.selective_scan(**cpu, backend="gpu")
+    monkeypatch.setattr(backend, "HAS_CUDA_BINDINGS", False)
+    monkeypatch.setattr(backend, "why_not_this_card", lambda x: None)
+    assert "pip install mambapy[gpu]" in backend.refuses_scan(**cpu)
+    monkeypatch.setattr(backend, "HAS_CUDA_BINDINGS", True)
+    assert backend.refuses_scan(**cpu) is None
+    double = {name: T if name == "seq_idx" else T.double() for name, T in cpu.items()}
+    assert "float64" in backend.refuses_scan(**double)
+    wide = {name: T.cpu() for name, T in drawn(2, 257).items()}
+    assert "256" in backend.refuses_scan(**wide)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_auto_takes_the_kernels_with_autograd(dtype):
+    for l, seq_idx in itertools.product((1, 65, 1000), (True, False)):
+        args = drawn(l, 16, dtype, e=200)
+        if not seq_idx:
+            del args["seq_idx"]
+        grad = torch.randn_like(args["x"]), torch.randn_like(args["state"])
+        leaves = {k: v.detach().requires_grad_() for k, v in args.items() if k != "seq_idx"}
+        verdicts = ops.explain("selective_scan", **args)
+        assert [v.backend for v in verdicts if v.chosen] == ["gpu"]
+        results = ops.selective_scan(**(args | leaves), dt_softplus=True, return_state=True)
+        grads = torch.autograd.grad(results, list(leaves.values()), grad)
+        found = dict(zip(("y", "last", *leaves), (*results, *grads), strict=True))
+        assert_near(
+            {k: v.cpu() for k, v in found.items()}, expected_of(args, *grad), TOLERANCES[dtype]
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+def test_more_than_two_to_the_31_numbers():
+    b, l, e, n = 2, 2**19, 2**11 + 64, 1
+    x = torch.empty(b, l, e, dtype=BF16, device="cuda").normal_()
+    B = torch.ones(b, l, n, dtype=BF16, device="cuda")
+    A = -torch.ones(e, n, device="cuda")
+    assert x.numel() > 2**31
+    y, last, _ = selective_scan.forward(x, x, A, B, B, dt_softplus=True, out=x.clone())
+    tail = slice(l - 200, l)
+    near, state = reference.selective_scan(
+        *(
+            x[:, tail].double(),
+            x[:, tail].double(),
+            A.double(),
+            B[:, tail].double(),
+            B[:, tail].double(),
+        ),
+        dt_softplus=True,
+    )
+    # The state forgets what is 150 steps old.
+    assert_near(y[:, -50:], near[:, -50:], 1.2e-2)
+    assert_near(last, state, 1e-5)
