@@ -124,7 +124,7 @@ def _matmul(x, x_pitch, w, bias, scale, norm, eps, y, y_pitch, out, rows,
     n = tl.program_id(0) * N + tl.arange(0, N)
     b = tl.program_id(1) * B + tl.arange(0, B)
     acc = tl.zeros((N, B), tl.float32)
-    squares = tl.zeros((K, B), tl.float32)
+    squares = tl.zeros((B,), tl.float32)
     _wait(PDL)
     for start in range(0, INNER, K):
         k = start + tl.arange(0, K)
@@ -134,12 +134,12 @@ def _matmul(x, x_pitch, w, bias, scale, norm, eps, y, y_pitch, out, rows,
                     mask=(b < rows)[None, :] & (k < INNER)[:, None], other=0.0)  # fmt: skip
         if NORM:
             v = v.to(tl.float32)
-            squares += v * v
+            squares += tl.sum(v * v, axis=0)
             if norm is not None:
                 v *= _row(norm, k, k < INNER)[:, None]
         acc = tl.dot(a.to(IN), v.to(IN), acc, input_precision="ieee")
     if NORM:
-        acc *= (1 / tl.sqrt_rn(tl.sum(squares, axis=0) / INNER + eps))[None, :]
+        acc *= (1 / tl.sqrt_rn(squares / INNER + eps))[None, :]
     n, b = n[:, None], b[None, :]
     _put(acc, y, b * y_pitch + n, n, (n < out) & (b < rows), bias, scale, ADD)
 

@@ -9,8 +9,11 @@ import triton
 
 # Programs that keep every multiprocessor of a large card busy.
 PROGRAMS = 132
-# Up to so many rows, products are sums of numbers; beyond, tensor cores are faster.
-MATVEC_ROWS = 8
+# Up to so many rows, products are sums of numbers; beyond, registers run short, and tensor cores do
+# 16 rows at once.
+MATVEC_ROWS = 2
+# Up to so many, a program takes few channels, as there are few programs.
+FEW_ROWS = 8
 # Over so many blocks of channels the product behind a convolution is divided, at most.
 PARTS = 48
 
@@ -36,20 +39,21 @@ def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, in
     B = min(max(power(rows), 16), 64)
     while B > 16 and -(-out // N) * -(-rows // B) < PROGRAMS:
         B //= 2
-    # Products of float32 have no tensor cores, and are written out in full.
-    K = min(max(power(inner), 16), 64 if dtype.itemsize == 2 else 32)
-    return N, B, K, warps, 4
+    # 8 kB of weights at a time, as far as there is shared memory for x beside them. Products of
+    # float32 have no tensor cores, and are written out in full.
+    K = min(4096 // N, 8192 // B) if dtype.itemsize == 2 else 32
+    return N, B, min(K, max(power(inner), 16)), warps, 4
 
 
 def conv(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
-    E = max(32 if rows <= MATVEC_ROWS else 64, power(-(-e // PARTS)))
+    E = max(32 if rows <= FEW_ROWS else 64, power(-(-e // PARTS)))
     return E, 1, 4 if E < 128 else 8
 
 
 def scan(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
-    return 16 if rows * e <= 2048 else 32 if rows <= MATVEC_ROWS else 64, 1, 4
+    return 16 if rows * e <= 2048 else 32 if rows <= FEW_ROWS else 64, 1, 4
 
 
 def ssd(head: int, rows: int) -> tuple[int, int]:
