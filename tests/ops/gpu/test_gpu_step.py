@@ -62,7 +62,7 @@ def quick_interpreter(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("b", (*BATCHES, 2))
+@pytest.mark.parametrize("b", [*BATCHES, 2])
 def test_linear_and_norm(b, dtype):
     weight, bias, norm = torch.randn(37, 71).to(dtype), torch.randn(37), torch.rand(71).to(dtype)
 
