@@ -14,7 +14,7 @@ from mambapy.ragged import Ragged
 from mambapy.state import State
 
 if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Rows, StepPlan
+    from mambapy.ops.step_plan import Rows, StepPlan
 
 S = TypeVar("S", bound=State)
 

@@ -2,14 +2,15 @@
 
 Who calls whom:
 
-    generate         texts from texts      -> stream_tokens
-    stream_text      pieces of one text    -> stream_tokens
-    generate_tokens  ids from ids          -> stream_tokens
-    stream_tokens    prefill, then for each token: sample_token, step
+    generate         texts from texts      -> _tokens
+    stream_text      pieces of one text    -> _tokens
+    generate_tokens  ids from ids          -> stream_tokens -> _tokens
+    _tokens          prefill, then for each token: sample_token, step
 
 The state has a fixed size, so a token costs the same after ten tokens as after ten thousand.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ def generate(
     ids, mask = pad_right(rows, _device(model))
     eos = tokenizer.eos_token_id
     texts = [_Text(tokenizer, row, stops) for row in rows]
-    tokens = stream_tokens(
+    tokens = _tokens(
         model,
         ids,
         mask=mask,
@@ -104,7 +105,7 @@ def generate(
     )
     with closing(tokens):
         for token in tokens:
-            for text, value in zip(texts, token.tolist(), strict=True):
+            for text, value in zip(texts, token.read(), strict=True):
                 text.add(value, eos)
             if all(text.done for text in texts):
                 break
@@ -137,9 +138,10 @@ def stream_text(
     ids, _ = pad_right([row], _device(model))
     eos = tokenizer.eos_token_id
     text = _Text(tokenizer, row, _stops(stop))
-    tokens = stream_tokens(
+    tokens = _tokens(
         model,
         ids,
+        mask=None,
         num_tokens=num_tokens,
         sample=sample,
         top_k=top_k,
@@ -151,7 +153,7 @@ def stream_text(
     # Whoever stops listening gets the model back in its mode at once.
     with closing(tokens):
         for token in tokens:
-            text.add(int(token[0]), eos)
+            text.add(token.read()[0], eos)
             if piece := text.take():
                 yield piece
             if text.done:
@@ -200,6 +202,70 @@ def stream_tokens(
         ConfigError: an option is out of its range.
         ShapeError: ids or mask do not fit, or a row of the mask has no real token.
     """
+    tokens = _tokens(
+        model,
+        ids,
+        mask=mask,
+        num_tokens=num_tokens,
+        sample=sample,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        eos=eos,
+        seed=seed,
+    )
+    with closing(tokens):
+        for token in tokens:
+            yield token.value
+
+
+class _Token:
+    """The next token of each row (b,), and whether all rows have ended: on its way to the CPU.
+
+    To wait for a number from a GPU stalls it. So numbers are sent when they are ready, and read
+    some tokens later.
+    """
+
+    def __init__(self, value: Tensor, ended: Tensor | None) -> None:
+        self.value, self._came = value, None
+        sent = [value] if ended is None else [value, ended.all()[None]]
+        self._sent = [T.to("cpu", non_blocking=True) for T in sent]
+        if value.is_cuda:
+            self._came = torch.cuda.Event()
+            self._came.record()
+
+    def read(self) -> list[int]:
+        """The tokens."""
+        self._wait()
+        return self._sent[0].tolist()
+
+    def is_last(self) -> bool:
+        """Whether all rows have ended."""
+        if len(self._sent) == 1:
+            return False
+        self._wait()
+        return bool(self._sent[1])
+
+    def _wait(self) -> None:
+        """Until it has come."""
+        if self._came is not None:
+            self._came.synchronize()
+
+
+def _tokens(
+    model: LanguageModel,
+    ids: Tensor,
+    *,
+    mask: Tensor | None,
+    num_tokens: int,
+    sample: bool,
+    top_k: int | None,
+    top_p: float | None,
+    temperature: float,
+    eos: int | None,
+    seed: int | None,
+) -> Generator[_Token, None, None]:
+    """`stream_tokens`; a GPU is some tokens ahead of what is yielded."""
     _check_sampling(num_tokens, top_k, top_p, temperature, seed)
     if mask is not None and not bool(mask.any(dim=1).all()):
         raise ShapeError("every row of mask needs at least one real token")
@@ -207,21 +273,52 @@ def stream_tokens(
     # All random numbers at once: a row's draws do not depend on the rows beside it.
     noise = None if greedy else _noise(ids.shape[0], num_tokens, seed).to(ids.device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    ahead: deque[_Token] = deque()
     with _eval_mode(model), torch.no_grad():
         logits, state = model.prefill(ids, mask=mask, logits_to_keep=1)
         logits = logits[:, -1]
-        for i in range(num_tokens):
-            if noise is None:
-                token = logits.argmax(dim=-1)
-            else:
-                token = sample_token(logits, noise[:, i], top_k, top_p, temperature)
-            if eos is not None:
-                token = torch.where(ended, eos, token)
-                ended |= token == eos
-            yield token
-            if i + 1 == num_tokens or (eos is not None and bool(ended.all())):
-                return
-            logits, state = model.step(token, state)
+        with closing(_decoder(model, state)) as step:
+            for i in range(num_tokens):
+                if noise is None:
+                    token = logits.argmax(dim=-1)
+                else:
+                    token = sample_token(logits, noise[:, i], top_k, top_p, temperature)
+                if eos is not None:
+                    token = torch.where(ended, eos, token)
+                    ended = ended | (token == eos)
+                ahead.append(_Token(token, None if eos is None else ended))
+                while len(ahead) > (most_ahead(ids.device) if i + 1 < num_tokens else 0):
+                    oldest = ahead.popleft()
+                    yield oldest
+                    if oldest.is_last():
+                        return
+                if i + 1 < num_tokens:
+                    logits = step(token)
+
+
+def most_ahead(device: torch.device) -> int:
+    """How many tokens a device is ahead of those that are read."""
+    return 4 if device.type == "cuda" else 0
+
+
+class _Steps:
+    """`LM.decoder` for a model that has none."""
+
+    def __init__(self, model: LanguageModel, state: Any) -> None:
+        self._model, self._state = model, state
+
+    def __call__(self, token: Tensor) -> Tensor:
+        logits, self._state = self._model.step(token, self._state)
+        return logits
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+def _decoder(model: LanguageModel, state: Any) -> Any:
+    """What gives the logits (b, v) after a token (b,), and keeps the state itself."""
+    make = getattr(model, "decoder", None)
+    return _Steps(model, state) if make is None else make(state)
 
 
 def sample_token(

@@ -1,7 +1,7 @@
 """The small modules that every model here is built from: one copy of each."""
 
 from collections.abc import Callable, Sized
-from typing import TYPE_CHECKING, ClassVar, TypeGuard, TypeVar
+from typing import ClassVar, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,7 @@ from mambapy import ops
 from mambapy.errors import ConfigError
 from mambapy.init import init_dt_bias, init_dt_weight
 from mambapy.ops.dispatch import is_traced
-
-if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Weights
+from mambapy.ops.step_plan import Weights
 
 M = TypeVar("M", bound="WideParameters")
 K = TypeVar("K", bound=nn.Module)
@@ -214,14 +212,21 @@ def hook_tables(layer: nn.Module) -> tuple[Sized, ...]:
     )
 
 
-def product(layer: nn.Module) -> "Weights | None":
+def product(layer: nn.Module) -> Weights | None:
     """What a fused step needs to know of a layer y = W x + bias, or None if it must be called."""
-    from mambapy.ops.cpu.step import Weights
-
     if is_plain(layer, nn.Linear) or is_plain(layer, DtProjection):
         return Weights(layer.weight, layer.bias)
     if is_plain(layer, QuantizedLinear):
         return Weights(layer.weight, layer.bias, layer.scale)
+    return None
+
+
+def lookup(layer: nn.Module) -> Weights | None:
+    """The table of an embedding, or None if it must be called."""
+    if is_plain(layer, nn.Embedding) and layer.max_norm is None:
+        return Weights(layer.weight)
+    if is_plain(layer, QuantizedEmbedding):
+        return Weights(layer.weight, None, layer.scale)
     return None
 
 

@@ -44,7 +44,7 @@ from mambapy.stack import Stack
 from mambapy.state import SSMState
 
 if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Rows, StepPlan
+    from mambapy.ops.step_plan import Rows, StepPlan
 
 __all__ = ["Mamba", "MambaBlock", "MambaConfig"]
 

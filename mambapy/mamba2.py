@@ -34,7 +34,7 @@ from mambapy.stack import Stack
 from mambapy.state import Mamba2State
 
 if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Rows, StepPlan
+    from mambapy.ops.step_plan import Rows, StepPlan
 
 __all__ = ["Mamba2", "Mamba2Block", "Mamba2Config"]
 

@@ -24,7 +24,7 @@ from mambapy.ragged import Ragged, check_dt_scale
 from mambapy.state import ModelState
 
 if TYPE_CHECKING:
-    from mambapy.ops.cpu.step import Rows, StepPlan
+    from mambapy.ops.step_plan import Rows, StepPlan
 
 
 class Stack(FusedStep):

@@ -40,14 +40,19 @@ def plain_step(lm, token, state):
     return logits.detach(), new.detach()
 
 
+def planned(lm) -> bool | None:
+    """Whether the last step was one launch; None where none was ever tried."""
+    plans = list(lm._plans.values())
+    return plans[-1].output is not None if plans else None
+
+
 def check(lm, batch=2, tolerance=1e-5, *, fused=True):
     """One step in both ways; `fused` says whether it should be one launch."""
     state, token = warm_state(lm, batch), torch.randint(0, 50, (batch,))
     before = state.map(torch.clone)
     with torch.no_grad():
         logits, new = lm.step(token, state)
-    planned = lm._planned
-    assert (planned is not None and planned.output is not None) == fused
+    assert bool(planned(lm)) == fused
     expected, after = plain_step(lm, token, state)
     assert logits.dtype == expected.dtype
     assert_near(logits, expected, tolerance)
@@ -79,6 +84,16 @@ def test_equals_op_by_op_in_every_dtype(dtype, batch):
 )
 def test_equals_op_by_op_in_every_shape(changes):
     check(model(**changes))
+
+
+def test_inference_mode_leaves_nothing_behind():
+    lm = model().to(torch.bfloat16)
+    state, token = warm_state(lm, 2), torch.tensor([1, 2])
+    with torch.inference_mode():
+        expected, _ = lm.step(token, state)
+    with torch.no_grad():
+        assert torch.equal(lm.step(token, state)[0], expected)
+    assert len(lm._plans) == 1
 
 
 def test_stack_alone():
@@ -232,7 +247,7 @@ def test_copies_and_pickles_carry_no_plan():
     check(lm)
     size = len(pickle.dumps(lm))
     for twin in (copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))):
-        assert twin._planned is None
+        assert planned(twin) is None
         scale_in_place(twin)
         check(twin)
     assert size < 1.2 * sum(P.numel() * P.element_size() for P in lm.parameters()) + 50_000
@@ -284,7 +299,7 @@ def test_who_refuses_and_why():
         return [v.reason for v in ops.explain("model_step", x, dtype, **options)]
 
     with torch.no_grad():
-        assert reasons(x) == [None, None]
+        assert reasons(x) == [None, "it needs a CUDA device, x is on cpu", None]
         assert "at most 8 rows" in str(reasons(torch.zeros(9, 4))[0])
         assert "float64" in str(reasons(x.double())[0])
         assert "backend is chunked" in str(reasons(x, backend="chunked")[0])
@@ -296,7 +311,7 @@ def test_who_refuses_and_why():
 def test_a_named_backend_is_not_bypassed():
     lm = model(backend="reference")
     check(lm, fused=False)
-    assert lm._planned is None
+    assert planned(lm) is None
 
 
 def test_more_rows_than_it_is_for():
@@ -304,7 +319,7 @@ def test_more_rows_than_it_is_for():
     state = warm_state(lm, 9)
     with torch.no_grad():
         logits, _ = lm.step(torch.arange(9), state)
-    assert lm._planned is None
+    assert planned(lm) is None
     assert_near(logits, plain_step(lm, torch.arange(9), state)[0], 1e-5)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from mambapy.config import Mamba2Config, Mamba3Config
 from mambapy.lm import LM
-from tests.test_fused import TOLERANCE, check
+from tests.test_fused import TOLERANCE, check, planned
 
 
 def model(**changes) -> LM:
@@ -68,4 +68,4 @@ def test_mamba3_is_not_planned():
     torch.manual_seed(0)
     lm = LM(Mamba3Config(d_model=8, n_layers=1, d_state=4, d_head=4), 50).eval()
     check(lm, fused=False)
-    assert lm._planned is None
+    assert planned(lm) is None

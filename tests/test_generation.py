@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mambapy import generation
 from mambapy.errors import ConfigError, DataError, ShapeError
 from mambapy.generation import generate_tokens, sample_token
 from mambapy.lm import LM
@@ -117,6 +118,28 @@ def test_end_of_text_per_row(tokenizer):
     found = generate_tokens(Two([]), ids, num_tokens=9, eos=256)
     assert found.tolist() == [[65, 256, 256, 256], [66, 66, 66, 256]]
     assert LM.generate(Two([]), tokenizer, ["x", "y"]) == ["xA", "yBBB"]
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_what_a_gpu_computes_ahead_is_not_seen(model, tokenizer, monkeypatch, sample):
+    eos = int(generate_tokens(model, torch.tensor([[97, 98]]), sample=sample, seed=2)[0, 20])
+    ids, options = torch.tensor([[97, 98]]), {"sample": sample, "seed": 2, "eos": eos}
+    texts = {"stop": "\n", "num_tokens": 60, "sample": sample, "seed": 3}
+
+    def results():
+        pieces = list(model.generate_stream(tokenizer, "abc", **texts))
+        return (
+            generate_tokens(model, ids, **options),
+            model.generate(tokenizer, "abc", **texts),
+            pieces,
+        )
+
+    now = results()
+    monkeypatch.setattr(generation, "most_ahead", lambda device: 3)
+    later = results()
+    assert torch.equal(now[0], later[0])
+    assert now[1:] == later[1:]
+    assert now[0].shape[1] <= 21
 
 
 def test_sampling_filters():

@@ -15,6 +15,7 @@ from mambapy.generation import generate_tokens
 from mambapy.layers import DtProjection
 from mambapy.lm import LM, HybridConfig, Mamba2Config, Mamba3Config, MambaConfig
 from tests.helpers import assert_near
+from tests.test_fused import planned as fused_plan
 
 peft = pytest.importorskip("peft")
 
@@ -145,7 +146,7 @@ def assert_far(actual: dict[str, Tensor], base: dict[str, Tensor]) -> None:
 
 
 def last_step_was_fused(lm: LM) -> bool:
-    return lm._planned is not None and lm._planned.output is not None
+    return bool(fused_plan(lm))
 
 
 @each

@@ -8,7 +8,7 @@ from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.gated_norm import gated_rms_norm
 from mambapy.ops.info import backends_info
 from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
-from mambapy.ops.model_step import refuses_fused_step, step_plan
+from mambapy.ops.model_step import plan_looks_up, refuses_fused_step, step_plan
 from mambapy.ops.norm import rms_norm
 from mambapy.ops.reference_ssd import Mamba3Parts
 from mambapy.ops.selective_scan import selective_scan, selective_scan_step
@@ -25,6 +25,7 @@ __all__ = [
     "gated_rms_norm",
     "mamba3_scan",
     "mamba3_step",
+    "plan_looks_up",
     "refuses_fused_step",
     "rms_norm",
     "selective_scan",

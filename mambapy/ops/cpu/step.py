@@ -1,11 +1,4 @@
-"""One decoding step of a whole model as one launch of one kernel, and of single ops.
-
-`StepPlan` collects stages: products, norms, convolutions and recurrences of one token for each row
-of a batch, in the order in which they are called. Nothing happens until `run`. Models write their
-step with it (`plan_step`) as they write it with tensors.
-"""
-
-from typing import NamedTuple
+"""One decoding step of a whole model as one launch of one kernel, and of single ops."""
 
 import numpy as np
 import torch
@@ -15,6 +8,7 @@ from mambapy.ops.cpu import step_kernel as kernel
 from mambapy.ops.cpu.rows import CODES, FIRST_SLOT, SIZES
 from mambapy.ops.cpu.simd import LANES
 from mambapy.ops.cpu.threads import arithmetic, compiled, run
+from mambapy.ops.step_plan import Rows, StepPlan, Weights
 
 # Tasks are counted by stage: as many workers may come as there are threads.
 MANY = 1 << 30
@@ -22,64 +16,20 @@ MANY = 1 << 30
 BYTES_OF_A_TASK = 500_000
 
 
-class Rows(NamedTuple):
-    """A (b, width) activation in the workspace: row i begins at number `start + i * pitch`."""
-
-    start: int
-    pitch: int
-    width: int
-
-    def split(self, *widths: int) -> list["Rows"]:
-        """Its columns in pieces, as `Tensor.split` has them."""
-        starts = [self.start + sum(widths[:i]) for i in range(len(widths))]
-        return [Rows(start, self.pitch, width) for start, width in zip(starts, widths, strict=True)]
-
-
-class Weights(NamedTuple):
-    """y = scale * (W x) + bias; W (out, in) may be int8, with a scale (out) for each row."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-
-
-class StepPlan:
-    """The stages of one step.
-
-    Args:
-        batch: b, rows.
-        dtype: what to calculate in, and that of states: float32 or float64.
-    """
+class CpuPlan(StepPlan):
+    """The stages of one step; it calculates in float32 or float64."""
 
     def __init__(self, batch: int, dtype: torch.dtype) -> None:
-        self.batch, self.dtype = batch, dtype
+        super().__init__(batch, dtype, torch.device("cpu"))
         self._numbers: list[int] = []
         self._work, self._taps = 0, 1
-        # Where activations are in the workspace, and where states are in the list of numbers.
-        self._places: dict[str, Rows] = {}
-        self._size = 0
-        self._inputs: list[Rows] = []
+        # Where states are in the list of numbers.
         self._states: list[int] = []
         # What the plan has made itself, and the tensors that are copied anew at each run because
         # the kernel cannot read them where they are. All others belong to the caller.
         self._made: list[Tensor] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
-        self._workspace = torch.empty(0)
         self._args = np.empty(0, np.int64)
-
-    def rows(self, name: str, width: int) -> Rows:
-        """Room for a (b, width) activation; one name and width has one room in all layers."""
-        key = f"{name}.{width}"
-        if key not in self._places:
-            pitch = -(-width // LANES) * LANES
-            self._places[key] = Rows(self._size, pitch, width)
-            self._size += self.batch * pitch
-        return self._places[key]
-
-    def input(self, name: str, width: int) -> Rows:
-        """An activation (b, width) that `run` is given."""
-        self._inputs.append(self.rows(name, width))
-        return self._inputs[-1]
 
     def norm(self, x: Rows, weight: Tensor | None, eps: float, name: str = "norm") -> Rows:
         """RMSNorm of each row, into the room `name`; without a weight, of scale one."""
@@ -189,15 +139,7 @@ class StepPlan:
         return y
 
     def run(self, inputs: list[Tensor], states: list[Tensor]) -> list[Tensor]:
-        """Run every stage.
-
-        Args:
-            inputs: (b, width) each, in the order in which `input` was called.
-            states: in the order of the stages that have one; they are not changed.
-
-        Returns:
-            The new states.
-        """
+        """Run every stage in one launch."""
         if self._args.size == 0:
             self._finish()
         for place, x in zip(self._inputs, inputs, strict=True):
@@ -217,23 +159,15 @@ class StepPlan:
         run(compiled(kernel.build, self.dtype), args, MANY, scratch, self._work)
         return new
 
-    def result(self, rows: Rows) -> Tensor:
-        """A copy of an activation (b, width) after `run`."""
-        return self._view(rows).clone()
-
     def _finish(self) -> None:
         """Make the workspace, and what the kernel takes, from all stages."""
         # Vectors may be read beyond the end of the last row.
-        self._workspace = torch.empty(self._size + 2 * LANES, dtype=self.dtype)
+        with torch.inference_mode(False):
+            self._workspace = torch.empty(self._size + 2 * LANES, dtype=self.dtype)
         stages = len(self._numbers) // kernel.FIELDS
         head = [*[0] * SIZES, stages, self._workspace.data_ptr(), self.batch]
         head += [0] * (FIRST_SLOT - len(head))
         self._args = np.array([*head, *self._numbers], dtype=np.int64)
-
-    def _view(self, rows: Rows) -> Tensor:
-        """An activation in the workspace."""
-        shape, strides = (self.batch, rows.width), (rows.pitch, 1)
-        return self._workspace.as_strided(shape, strides, rows.start)
 
     def _add(self, kind: int, tasks: int, x: Rows, y: Rows, *operands: int) -> None:
         """Append a stage."""
@@ -277,7 +211,7 @@ def conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """`conv1d.forward` for one token: x (b, e), state (b, k-1, e) -> y (b, e), new state (b, k-1,
     e)."""
-    plan = StepPlan(x.shape[0], arithmetic(x.dtype))
+    plan = CpuPlan(x.shape[0], arithmetic(x.dtype))
     y = plan.conv(plan.input("x", x.shape[1]), weight, bias, activation)
     (new,) = plan.run([x.detach()], [state])
     return plan.result(y).to(x.dtype), new.to(state.dtype)
@@ -304,7 +238,7 @@ def selective_scan_step(
     Returns:
         y (b, e) and a new state (b, e, n); `state` is not changed.
     """
-    plan = StepPlan(x.shape[0], arithmetic(x.dtype))
+    plan = CpuPlan(x.shape[0], arithmetic(x.dtype))
     given = {"x": x, "dt": dt, "B": B, "C": C, **({} if z is None else {"z": z})}
     rows = {name: plan.input(name, T.shape[1]) for name, T in given.items()}
     y = plan.scan(

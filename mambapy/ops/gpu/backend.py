@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambapy.ops.dispatch import is_traced
 from mambapy.ops.reference import wide_dtype
 
 
@@ -97,3 +98,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from mambapy.ops import kernel_ops
 
     return kernel_ops.rms_norm(x, weight, None, eps)[0]
+
+
+def refuses_plan(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a model's step cannot be one CUDA graph, or None."""
+    if is_traced():
+        return "torch.compile and torch.func cannot see through it"
+    if torch.is_grad_enabled():
+        return "it has no gradient: use torch.no_grad()"
+    why = why_not_this_card(x)
+    if why is not None:
+        return why
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if dtype != torch.float32:
+        return f"it calculates in float32, the states are {dtype}"
+    if torch.is_autocast_enabled("cuda"):
+        return "it does not follow autocast"
+    if torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph cannot be part of another"
+    return None

@@ -1,0 +1,61 @@
+"""How much of a stage one program of `step_kernel.py` takes: few sizes, so that little compiles.
+
+At one row a step is a chain of kernels that each last a few microseconds. What counts is that there
+are programs for every multiprocessor, and that each has much to read at once.
+"""
+
+import torch
+import triton
+
+# Programs that keep every multiprocessor of a large card busy.
+PROGRAMS = 132
+# Up to so many rows, products are sums of numbers; beyond, registers run short, and tensor cores do
+# 16 rows at once.
+MATVEC_ROWS = 2
+# Up to so many, a program takes few channels, as there are few programs.
+FEW_ROWS = 8
+# Over so many blocks of channels the product behind a convolution is divided, at most.
+PARTS = 48
+
+
+def power(size: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return triton.next_power_of_2(size)
+
+
+def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int]:
+    """Outputs and inputs of a program at a time, and its warps."""
+    rows = power(rows)
+    K = min(power(inner), max(1024 // rows, 128))
+    N = max(1, 8192 // (rows * K))
+    while N > 1 and out // N < PROGRAMS:
+        N //= 2
+    return N, K, 4
+
+
+def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """Outputs, rows and inputs of a program at a time, its warps, and loads in flight."""
+    N, warps = (16, 4) if out <= 2048 else (32, 4) if out <= 16384 else (64, 8)
+    B = min(max(power(rows), 16), 64)
+    while B > 16 and -(-out // N) * -(-rows // B) < PROGRAMS:
+        B //= 2
+    # 8 kB of weights at a time, as far as there is shared memory for x beside them. Products of
+    # float32 have no tensor cores, and are written out in full.
+    K = min(4096 // N, 8192 // B) if dtype.itemsize == 2 else 32
+    return N, B, min(K, max(power(inner), 16)), warps, 4
+
+
+def conv(e: int, rows: int) -> tuple[int, int, int]:
+    """Channels and rows of a program, and its warps."""
+    E = max(32 if rows <= FEW_ROWS else 64, power(-(-e // PARTS)))
+    return E, 1, 4 if E < 128 else 8
+
+
+def scan(e: int, rows: int) -> tuple[int, int, int]:
+    """Channels and rows of a program, and its warps."""
+    return 16 if rows * e <= 2048 else 32 if rows <= FEW_ROWS else 64, 1, 4
+
+
+def ssd(head: int, rows: int) -> tuple[int, int]:
+    """Channels of a program, and its warps."""
+    return min(16, power(head)), 4
