@@ -28,6 +28,8 @@ from mambapy.ops.reference import wide_dtype
 # Largest chunk of logits in bytes. A larger one makes the products no faster.
 CHUNK_CPU = 1 << 26
 CHUNK_ACCELERATOR = 1 << 28
+# Fewer bytes of logits than that are quicker at once, by torch's own operators, on a CPU.
+FEW = 1 << 22
 # Tokens of a chunk are a multiple of it, which suits matrix units.
 MULTIPLE = 128
 
@@ -122,6 +124,8 @@ def _run(in_place: str) -> Callable[..., Tensor]:
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Tensor:
+        if x.device.type == "cpu" and len(x) * weight.shape[0] * dtype.itemsize < FEW:
+            return _at_once(x, weight, target, bias, ignore_index, dtype)
         tensors = (x, weight, bias)
         needed = [torch.is_grad_enabled() and T is not None and T.requires_grad for T in tensors]
         # torch.func's tensors do not say whether they are differentiated.
@@ -130,6 +134,25 @@ def _run(in_place: str) -> Callable[..., Tensor]:
         return _call(x, weight, target, bias, ignore_index, dtype, in_place, needed)[0]
 
     return run
+
+
+def _at_once(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The summed loss, with all logits."""
+    ignored = target == ignore_index
+    if dispatch.is_traced() or bool(ignored.any()):
+        # What is ignored may hold anything.
+        x = x.masked_fill(ignored[:, None], 0)
+    x = x.to(dtype)
+    L = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    L = L.to(wide_dtype(L))
+    return F.cross_entropy(L, target, ignore_index=ignore_index, reduction="sum")
 
 
 @torch.library.custom_op("mambapy::linear_cross_entropy", mutates_args=())
@@ -155,19 +178,24 @@ def _forward(
     W = weight.detach().to(dtype)
     shift = None if bias is None else bias.detach().to(dtype)
     kept = target != ignore_index
+    # Asking would stall a GPU.
+    all_kept = x.device.type == "cpu" and bool(kept.all())
     for i, rows in enumerate(_chunks(x, W)):
-        # What is ignored may hold anything, and must not spoil the sums.
-        inputs = x.detach()[rows].to(dtype).masked_fill(~kept[rows, None], 0)
+        inputs, aims = x.detach()[rows].to(dtype), target[rows]
+        if not all_kept:
+            # What is ignored may hold anything, and must not spoil the sums.
+            inputs = inputs.masked_fill(~kept[rows, None], 0)
+            aims = aims.where(kept[rows], 0)
         L = F.linear(inputs, W, shift)  # (c, v)
-        losses, G = softmax_gradient(L, target[rows].where(kept[rows], 0), any(needed))
-        total += losses.masked_fill(~kept[rows], 0).sum()
+        losses, G = softmax_gradient(L, aims, any(needed))
+        total += (losses if all_kept else losses.masked_fill(~kept[rows], 0)).sum()
         if needed[0]:
             torch.mm(G, W, out=grad_x[rows])
         if needed[1]:
             _add_product(grad_weight, G, inputs, first=i == 0)
         if needed[2]:
             grad_bias += kept[rows].to(grad_bias.dtype) @ G.to(grad_bias.dtype)
-    if needed[0]:
+    if needed[0] and not all_kept:
         grad_x.masked_fill_(~kept[:, None], 0)
     return total, grad_x, grad_weight, grad_bias
 

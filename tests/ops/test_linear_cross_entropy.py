@@ -30,9 +30,17 @@ def arguments(shape=(3, 7), dtype=torch.float64, *, bias=True):
     return args, target
 
 
+@pytest.fixture(autouse=True, params=["in chunks", "at once"])
+def few(request, monkeypatch):
+    """Both ways of few logits on a CPU."""
+    if request.param == "in chunks":
+        monkeypatch.setattr(module, "FEW", 0)
+
+
 def small_chunks(monkeypatch, tokens):
     monkeypatch.setattr(module, "CHUNK_CPU", tokens * V * 8)
     monkeypatch.setattr(module, "MULTIPLE", 1)
+    monkeypatch.setattr(module, "FEW", 0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
