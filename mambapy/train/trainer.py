@@ -4,13 +4,13 @@ import math
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from mambapy.errors import TrainingError
@@ -41,11 +41,10 @@ class Trainer:
         self.config = run.config
         self.folder = Path(run.config.out)
         self.device = next(run.model.parameters()).device
-        self.forward = torch.compile(run.model) if run.config.compile else run.model
-        routed = "moe" in run.model.config.feed_forwards
-        self._routed = run.model.routed if routed else None
-        if routed and run.config.compile:
-            self._routed = torch.compile(run.model.routed)
+        self._routed = "moe" in run.model.config.feed_forwards
+        self._loss: Callable[..., Any] = run.model.routed_loss if self._routed else run.model.loss
+        if run.config.compile:
+            self._loss = torch.compile(self._loss)
         self._shown: dict[str, str] = {}
         # Step and seconds at the last plan, or where this process took the run up.
         self._mark = run.step, run.seconds
@@ -117,8 +116,8 @@ class Trainer:
         for window in torch.split(torch.from_numpy(windows), config.batch_size):  # (b, l + 1)
             tokens = window.to(self.device)
             with self.autocast():
-                logits, routing = self._logits(tokens[:, :-1])  # (b, l, v)
-            part = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+                found = self._loss(tokens[:, :-1], tokens[:, 1:])
+            part, routing = found if self._routed else (found, [])
             penalty, balance = self._routing(routing)
             torch.autograd.backward((part + penalty) / config.accumulate)
             loss += part.item() / config.accumulate
@@ -136,12 +135,6 @@ class Trainer:
             "grad_norm": norm,
             **_described(balances),
         }
-
-    def _logits(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (b, l, v), and those of the routers where there are experts."""
-        if not self._routed:
-            return self.forward(tokens), []
-        return self._routed(tokens)
 
     def _routing(
         self, router_logits: list[torch.Tensor]

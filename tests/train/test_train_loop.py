@@ -230,20 +230,20 @@ def test_minutes_set_the_number_of_steps(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_and_costs_nothing(tiny: dict[str, Any], monkeypatch: Any, what: str) -> None:
-    forward = LM.forward
+    whole = LM.loss
     calls = 0
 
     def spoilt(self: LM, *args: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = forward(self, *args, **options)
+        loss = whole(self, *args, **options)
         if calls == 7 and what == "loss":
-            return logits * float("nan")
+            return loss * float("nan")
         if calls == 7:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
-        return logits
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
-    monkeypatch.setattr(LM, "forward", spoilt)
+    monkeypatch.setattr(LM, "loss", spoilt)
     with pytest.raises(TrainingError) as error:
         run(tiny)
     message = str(error.value)
