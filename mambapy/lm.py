@@ -179,6 +179,15 @@ class LM(FusedStep, Pretrained):
         return self
 
     @property
+    def recompute(self) -> str:
+        """What the backward pass computes again: "none", "scan" or "block"; see `Stack`."""
+        return self.backbone.recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        self.backbone.recompute = value
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Whether the backward pass computes each block again, to save memory; can be set."""
         return self.backbone.gradient_checkpointing

@@ -146,7 +146,7 @@ def _new_run(
     torch.manual_seed(config.seed)
     architecture = MODEL_TYPES[config.model](**config.sizes, backend=config.backend)
     model = LM(architecture, vocab_size, tie_embeddings=config.tie_embeddings).to(device)
-    model.gradient_checkpointing = config.checkpointing == "block"
+    model.recompute = config.recompute
     optimizer = make_optimizer(
         model,
         lr=config.lr,

@@ -183,7 +183,7 @@ def test_accumulation_is_the_larger_batch(tiny: dict[str, Any], tmp_path: Path) 
 
 def test_checkpointing_changes_no_loss(tiny: dict[str, Any], tmp_path: Path) -> None:
     run({**tiny, "out": str(tmp_path / "a")})
-    run({**tiny, "out": str(tmp_path / "b"), "checkpointing": "block"})
+    run({**tiny, "out": str(tmp_path / "b"), "recompute": "block"})
     a, b = (log_of({"out": tmp_path / name}, "loss") for name in "ab")
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
