@@ -114,8 +114,7 @@ def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     capturing = (
         not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
     )
-    options = {"preserve_rng_state": False} if capturing else {}
-    return checkpoint(function, x, *args, use_reentrant=False, **options)
+    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=not capturing)
 
 
 class GatedMLP(nn.Module):

@@ -154,6 +154,11 @@ class TrainConfig:
         "none", "what the backward pass computes again, for less memory", choices=RECOMPUTE
     )
     compile: bool = _setting(False, "run the forward pass through torch.compile")
+    cuda_graph: str = _setting(
+        "auto",
+        "play a step as one CUDA graph; auto: where that works",
+        choices=("auto", "always", "never"),
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     threads: int = _setting(0, "CPU threads; 0: torch's own choice", least=0)
     backend: str = _setting("auto", "implementation of the ops", choices=BACKENDS)
