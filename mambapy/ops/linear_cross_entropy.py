@@ -185,7 +185,7 @@ def _forward(
         if not all_kept:
             # What is ignored may hold anything, and must not spoil the sums.
             inputs = inputs.masked_fill(~kept[rows, None], 0)
-            aims = aims.where(kept[rows], 0)
+            aims = aims.masked_fill(~kept[rows], 0)
         L = F.linear(inputs, W, shift)  # (c, v)
         losses, G = softmax_gradient(L, aims, any(needed))
         total += (losses if all_kept else losses.masked_fill(~kept[rows], 0)).sum()
