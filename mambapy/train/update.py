@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -47,10 +48,12 @@ class Update:
 
     def __call__(self, windows: Tensor, lr: float) -> Tensor:
         """Run one step on windows (accumulate b, l + 1) of the host."""
-        self.set_lr(lr)
         if self.device.type == "cuda":
+            # A graph reads it from the device, where it is a float32: so it is one without, too.
+            lr = float(np.float32(lr))
             # From memory that the system cannot move the copy needs no waiting.
             windows = windows.pin_memory()
+        self.set_lr(lr)
         return self.run(windows.to(self.device, non_blocking=True))
 
     def set_lr(self, lr: float | Tensor) -> None:
