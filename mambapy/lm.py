@@ -294,12 +294,11 @@ class LM(FusedStep, Pretrained):
             return F.cross_entropy(
                 logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction
             )
-        # A slice of all rows would have a gradient of its own, as large as the weight.
-        weight = head.weight if len(head.weight) == v else head.weight[:v]
         return ops.linear_cross_entropy(
             hidden,
-            weight,
+            head.weight,
             targets,
+            vocab_size=v,
             ignore_index=IGNORED,
             reduction=reduction,
             backend="reference" if self.config.backend == "reference" else "auto",

@@ -42,6 +42,7 @@ def linear_cross_entropy(
     target: Tensor,
     bias: Tensor | None = None,
     *,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
@@ -53,8 +54,10 @@ def linear_cross_entropy(
     Args:
         x: (..., d) what the layer is given.
         weight: (v, d).
-        target: (...) int64 in [0, v), or ignore_index where nothing is to be predicted.
+        target: (...) int64 in [0, vocab_size), or ignore_index where nothing is to be predicted.
         bias: (v) or None.
+        vocab_size: the rows of the weight from here on are padding, which the hardware likes and
+            no logit is made of; v without it.
         ignore_index: the target that counts for nothing.
         reduction: "mean" over the tokens that count, or "sum". (A mean over none is nan.)
         backend: "auto", "gpu", "chunked" or "reference".
@@ -68,22 +71,31 @@ def linear_cross_entropy(
 
     Source: Wijmans et al. 2024 (arXiv 2411.09009), without their skipping of small gradients.
     """
-    _check(x, weight, target, bias, ignore_index)
+    vocab_size = len(weight) if vocab_size is None else vocab_size
+    _check(x, weight, target, bias, vocab_size, ignore_index)
     if reduction not in ("mean", "sum"):
         raise ShapeError(f"reduction={reduction!r} must be mean or sum")
     dtype = torch.promote_types(x.dtype, weight.dtype)
     kind = x.device.type
     if kind != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
+    if kind == "cpu" and vocab_size < len(weight):
+        # Rows of any length suit a CPU, and to leave columns of the logits out takes a copy.
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     x, target = x.flatten(0, -2), target.flatten()  # (t, d), (t)
     run = dispatch.pick("linear_cross_entropy", BACKENDS, backend, x, weight, target, bias)
     with dispatch.without_autocast(x):
-        total = run(x, weight, target, bias, ignore_index, dtype)
+        total = run(x, weight, target, bias, vocab_size, ignore_index, dtype)
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
 def _check(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
 ) -> None:
     """Raise a ShapeError unless the arguments fit each other."""
     if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
@@ -97,6 +109,8 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}")
+    if not 1 <= vocab_size <= len(weight):
+        raise ShapeError(f"vocab_size={vocab_size} must be from 1 to v = {len(weight)}")
     for name, T in {"x": x, "weight": weight, "bias": bias}.items():
         if T is not None and not T.is_floating_point():
             raise ShapeError(f"{name} must be floating point, got {T.dtype}")
@@ -107,9 +121,10 @@ def _check(
     if x.device.type == "cpu" and not dispatch.is_traced() and target.numel():
         real = target.where(target != ignore_index, 0)
         low, high = (int(bound) for bound in real.aminmax())
-        if low < 0 or high >= len(weight):
+        if low < 0 or high >= vocab_size:
             raise ShapeError(
-                f"targets must be in [0, v = {len(weight)}) or {ignore_index}, got {low} to {high}"
+                f"targets must be in [0, vocab_size = {vocab_size}) or {ignore_index}, "
+                f"got {low} to {high}"
             )
 
 
@@ -121,17 +136,18 @@ def _run(in_place: str) -> Callable[..., Tensor]:
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
+        vocab_size: int,
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Tensor:
         if x.device.type == "cpu" and len(x) * weight.shape[0] * dtype.itemsize < FEW:
-            return _at_once(x, weight, target, bias, ignore_index, dtype)
+            return _at_once(x, weight, target, bias, vocab_size, ignore_index, dtype)
         tensors = (x, weight, bias)
         needed = [torch.is_grad_enabled() and T is not None and T.requires_grad for T in tensors]
         # torch.func's tensors do not say whether they are differentiated.
         if not torch.compiler.is_compiling() and transform() is not None:
             needed = [T is not None for T in tensors]
-        return _call(x, weight, target, bias, ignore_index, dtype, in_place, needed)[0]
+        return _call(x, weight, target, bias, vocab_size, ignore_index, dtype, in_place, needed)[0]
 
     return run
 
@@ -141,6 +157,7 @@ def _at_once(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    vocab_size: int,
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -151,7 +168,7 @@ def _at_once(
         x = x.masked_fill(ignored[:, None], 0)
     x = x.to(dtype)
     L = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-    L = L.to(wide_dtype(L))
+    L = L[:, :vocab_size].to(wide_dtype(L))
     return F.cross_entropy(L, target, ignore_index=ignore_index, reduction="sum")
 
 
@@ -161,6 +178,7 @@ def _forward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    vocab_size: int,
     ignore_index: int,
     dtype: torch.dtype,
     in_place: str,
@@ -168,7 +186,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients to x, weight and bias; empty where not needed."""
     total, grad_x, grad_weight, grad_bias = _empty(
-        x, weight, target, bias, ignore_index, dtype, in_place, needed
+        x, weight, target, bias, vocab_size, ignore_index, dtype, in_place, needed
     )
     total.zero_()
     if in_place == "triton":
@@ -187,7 +205,7 @@ def _forward(
             inputs = inputs.masked_fill(~kept[rows, None], 0)
             aims = aims.masked_fill(~kept[rows], 0)
         L = F.linear(inputs, W, shift)  # (c, v)
-        losses, G = softmax_gradient(L, aims, any(needed))
+        losses, G = softmax_gradient(L, aims, vocab_size, any(needed))
         total += (losses if all_kept else losses.masked_fill(~kept[rows], 0)).sum()
         if needed[0]:
             torch.mm(G, W, out=grad_x[rows])
@@ -206,6 +224,7 @@ def _empty(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    vocab_size: int,
     ignore_index: int,
     dtype: torch.dtype,
     in_place: str,
@@ -223,7 +242,7 @@ def _empty(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the gradients; the inputs are the caller's own and cost nothing."""
-    x, weight, target, bias, ctx.ignore_index, *_ = inputs
+    x, weight, target, bias, ctx.vocab_size, ctx.ignore_index, *_ = inputs
     ctx.save_for_backward(x, weight, target, bias, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -237,7 +256,13 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         # The gradients are constants here, but not to who asks for a second derivative.
         grads = differentiable_gradients(
             lambda x, weight, bias: reference.linear_cross_entropy(
-                x, weight, target, bias, ignore_index=ctx.ignore_index, reduction="sum"
+                x,
+                weight,
+                target,
+                bias,
+                vocab_size=ctx.vocab_size,
+                ignore_index=ctx.ignore_index,
+                reduction="sum",
             ),
             tensors,
             needed,
@@ -249,7 +274,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
             (grad * T.to(grad.dtype)).to(like.dtype) if need else None
             for T, like, need in zip(found, tensors, needed, strict=True)
         ]
-    return (grads[0], grads[1], None, grads[2], None, None, None, None)
+    return (grads[0], grads[1], None, grads[2], None, None, None, None, None)
 
 
 _call = differentiable(_forward, _setup_context, _backward)
@@ -266,16 +291,22 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, t))
 
 
-def _softmax_gradient(L: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _softmax_gradient(
+    L: Tensor, target: Tensor, vocab_size: int, wanted: bool
+) -> tuple[Tensor, Tensor]:
     """Each row's loss (c), in float32 or wider, and G in L's dtype, with torch's operators."""
-    log_p = torch.log_softmax(L, dim=-1, dtype=wide_dtype(L))
+    log_p = torch.log_softmax(L[:, :vocab_size], dim=-1, dtype=wide_dtype(L))
     index = target[:, None]
     losses = -log_p.gather(1, index)[:, 0]
     if not wanted:
         return losses, L
     p = log_p.exp_()
     p.scatter_(1, index, p.gather(1, index) - 1)
-    return losses, p if p.dtype == L.dtype else L.copy_(p)
+    if p.dtype == L.dtype and p.shape == L.shape:
+        return losses, p
+    L[:, :vocab_size] = p
+    L[:, vocab_size:] = 0
+    return losses, L
 
 
 def _add_product(total: Tensor, G: Tensor, x: Tensor, *, first: bool) -> None:
@@ -306,12 +337,19 @@ def _reference(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    vocab_size: int,
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """The definition, which knows no autocast."""
     return reference.linear_cross_entropy(
-        x, weight, target, bias, ignore_index=ignore_index, reduction="sum"
+        x,
+        weight,
+        target,
+        bias,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        reduction="sum",
     )
 
 

@@ -213,10 +213,12 @@ def linear_cross_entropy(
     target: Tensor,
     bias: Tensor | None = None,
     *,
+    vocab_size: int | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
     """lse(L) - L[target] with L = x W^T + bias, over the rows of x whose target counts."""
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     wide = wide_dtype(x, weight, bias)
     L = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     return F.cross_entropy(L, target, ignore_index=ignore_index, reduction=reduction)

@@ -65,6 +65,40 @@ def test_equals_the_definition(monkeypatch, reduction, tokens, bias):
         assert_near(found, expected, 1e-12)
 
 
+@pytest.mark.parametrize("tokens", [4, 100])
+def test_padding_of_the_weight(monkeypatch, tokens):
+    small_chunks(monkeypatch, tokens)
+    args, target = arguments()
+    target.clamp_(max=9)
+    expected = outputs_and_grads(
+        lambda x, weight, bias: F.cross_entropy(
+            F.linear(x, weight[:10], bias[:10]).flatten(0, 1), target.flatten()
+        ),
+        args,
+    )
+    for backend in ("auto", "reference"):
+        found = outputs_and_grads(
+            lambda backend=backend, **given: ops.linear_cross_entropy(
+                target=target, vocab_size=10, backend=backend, **given
+            ),
+            args,
+        )
+        assert_near(found, expected, 1e-12)
+    # The operator itself, as a GPU uses it.
+    given = {"x": args["x"].flatten(0, 1), "weight": args["weight"], "bias": args["bias"]}
+    options = (target.flatten(), 10, -100, torch.float64, "torch", [True, True, True])
+
+    def inside(x, weight, bias):
+        total = module._call(x, weight, options[0], bias, *options[1:])[0]
+        return total / (target != -100).sum()
+
+    found = outputs_and_grads(inside, given)
+    found["grad x"] = found["grad x"].view(args["x"].shape)
+    assert_near(found, expected, 1e-12)
+    with pytest.raises(ShapeError, match="vocab_size=14 must be from 1 to v = 13"):
+        ops.linear_cross_entropy(target=target, vocab_size=14, **args)
+
+
 @pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (2, 1, 3), (65,)])
 def test_any_number_of_tokens(monkeypatch, shape):
     small_chunks(monkeypatch, 2)
@@ -224,7 +258,7 @@ def test_operator_is_well_formed():
     x, weight, bias = args.values()
     torch.library.opcheck(
         torch.ops.mambapy.linear_cross_entropy.default,
-        (x, weight, target, bias, -100, torch.float32, "torch", [True, True, True]),
+        (x, weight, target, bias, V - 1, -100, torch.float32, "torch", [True, True, True]),
     )
 
 
@@ -249,7 +283,7 @@ def test_never_all_logits(monkeypatch):
     with Largest() as seen:
         # The body itself, as eager calls have it: a mode sees the operator from outside only.
         module._forward._init_fn(
-            *(x, weight, target, None, -100, torch.float32, "torch", [True, True, False])
+            *(x, weight, target, None, v, -100, torch.float32, "torch", [True, True, False])
         )
     assert 0 < seen.most <= 64 * v
     with Largest() as seen:
@@ -269,7 +303,7 @@ def test_bad_arguments():
         call(x, weight, target, bias[1:])
     with pytest.raises(ShapeError, match="reduction='none' must be mean or sum"):
         call(x, weight, target, reduction="none")
-    with pytest.raises(ShapeError, match=r"targets must be in \[0, v = 13\) or -100, got 13 to 13"):
+    with pytest.raises(ShapeError, match=r"targets must be in \[0, vocab_size = 13\) or"):
         call(x, weight, torch.full_like(target, V))
     with pytest.raises(ShapeError, match="weight must be floating"):
         call(x, weight.long(), target)
@@ -284,13 +318,13 @@ from mambapy.ops.gpu import cross_entropy
 module = importlib.import_module("mambapy.ops.linear_cross_entropy")
 cross_entropy.MOST_COLUMNS = 16
 torch.manual_seed(0)
-for t, v in ((3, 1), (2, 16), (5, 37), (1, 64)):
+for t, width, v in ((3, 1, 1), (2, 16, 16), (5, 37, 37), (1, 64, 64), (3, 48, 31), (2, 40, 15)):
     for dtype in (torch.float32, torch.bfloat16):
-        L, target = (4 * torch.randn(t, v)).to(dtype), torch.randint(v, (t,))
-        losses, G = module._softmax_gradient(L.clone(), target, True)
+        L, target = (4 * torch.randn(t, width)).to(dtype), torch.randint(v, (t,))
+        losses, G = module._softmax_gradient(L.clone(), target, v, True)
         for wanted in (False, True):
             mine = L.clone()
-            found, given = cross_entropy.softmax_gradient(mine, target, wanted)
+            found, given = cross_entropy.softmax_gradient(mine, target, v, wanted)
             assert given is mine
             torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2

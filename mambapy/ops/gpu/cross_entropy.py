@@ -16,9 +16,18 @@ MOST_COLUMNS = 8192
 
 
 @triton.jit
-def _row(L, target, losses, stride, v: tl.constexpr, WANTED: tl.constexpr, BLOCK: tl.constexpr):
+def _row(
+    L,
+    target,
+    losses,
+    v: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WANTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    L += row * stride
+    # A constant, so that the compiler knows by what each row's address can be divided.
+    L += row * WIDTH
     columns = tl.arange(0, BLOCK)
     # Each lane keeps its own: one reduction for a row instead of one for each block of it.
     high = tl.full((BLOCK,), -1e38, tl.float32)
@@ -37,25 +46,29 @@ def _row(L, target, losses, stride, v: tl.constexpr, WANTED: tl.constexpr, BLOCK
     if WANTED:
         # No thread may write over L[t] before every one has read it.
         tl.debug_barrier()
-        for start in range(0, v, BLOCK):
+        for start in range(0, WIDTH, BLOCK):
             here = start + columns
+            # Beyond v, where the weight is padding, p is 0.
             x = tl.load(L + here, mask=here < v, other=float("-inf")).to(tl.float32)
             p = tl.exp2(x * LOG2_E - lse)
             p = tl.where(here == t, p - 1, p)
-            tl.store(L + here, p.to(L.dtype.element_ty), mask=here < v)
+            tl.store(L + here, p.to(L.dtype.element_ty), mask=here < WIDTH)
 
 
-def softmax_gradient(L: Tensor, target: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def softmax_gradient(
+    L: Tensor, target: Tensor, vocab_size: int, wanted: bool
+) -> tuple[Tensor, Tensor]:
     """Each row's loss (c) in float32; and where it is wanted, L (c, v) is G afterwards.
 
     Args:
         L: (c, v) logits, contiguous.
-        target: (c) int64 in [0, v).
+        target: (c) int64 in [0, vocab_size).
+        vocab_size: columns that are logits; those after them are padding.
         wanted: whether the gradient is.
     """
     losses = torch.empty(len(L), dtype=torch.float32, device=L.device)
-    v = L.shape[1]
-    block = min(triton.next_power_of_2(v), MOST_COLUMNS)
+    width = L.shape[1]
+    block = min(triton.next_power_of_2(width), MOST_COLUMNS)
     warps = max(1, min(16, block // 256))
-    _row[(len(L),)](L, target, losses, L.stride(0), v, wanted, block, num_warps=warps)
+    _row[(len(L),)](L, target, losses, vocab_size, width, wanted, block, num_warps=warps)
     return losses, L
