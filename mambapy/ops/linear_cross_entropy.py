@@ -79,9 +79,6 @@ def linear_cross_entropy(
     kind = x.device.type
     if kind != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    if kind == "cpu" and vocab_size < len(weight):
-        # Rows of any length suit a CPU, and to leave columns of the logits out takes a copy.
-        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     x, target = x.flatten(0, -2), target.flatten()  # (t, d), (t)
     run = dispatch.pick("linear_cross_entropy", BACKENDS, backend, x, weight, target, bias)
     with dispatch.without_autocast(x):
