@@ -69,22 +69,23 @@ class Attention(Mixer[AttentionState]):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        return self._attend(x, None, ragged)[0]
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, (h + 2 kv) p): (b, l, d)."""
+        return self._attend(inputs, None, ragged)[0]
 
     def prefill(
         self, x: Tensor, state: AttentionState | None = None, ragged: Ragged = Ragged()
     ) -> tuple[Tensor, AttentionState]:
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
-        return self._attend(x, self.init_state(x.shape[0]) if state is None else state, ragged)
+        state = self.init_state(x.shape[0]) if state is None else state
+        return self._attend(self.in_proj(x), state, ragged)
 
     def step(
         self, x: Tensor, state: AttentionState, dt_scale: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
         ragged = Ragged(dt_scale=None if dt_scale is None else dt_scale[:, None])
-        y, state = self._attend(x[:, None], state, ragged)
+        y, state = self._attend(self.in_proj(x[:, None]), state, ragged)
         return y[:, 0], state
 
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
@@ -157,16 +158,15 @@ class Attention(Mixer[AttentionState]):
         }
 
     def _attend(
-        self, x: Tensor, state: AttentionState | None, ragged: Ragged
+        self, inputs: Tensor, state: AttentionState | None, ragged: Ragged
     ) -> tuple[Tensor, AttentionState]:
         """The output (b, l, d), and the state after it."""
         config = self.config
-        before = self.init_state(x.shape[0]) if state is None else state
-        inputs = self.in_proj(x)
+        before = self.init_state(inputs.shape[0]) if state is None else state
         qkv = self._convolve(inputs, before, ragged)  # (b, l, (h + 2 kv) p)
         heads = qkv.unflatten(-1, (-1, config.head_channels))
         q, k, v = heads.split([config.n_heads, config.kv_heads, config.kv_heads], dim=2)
-        rows = _Rows(x, before, ragged)
+        rows = _Rows(inputs, before, ragged)
         if config.rotary_dim:
             q, k = (rotate(T, rows.time, config.rotary_dim, config.rotary_base) for T in (q, k))
         keys = torch.cat((before.keys.to(k.dtype), k), dim=1)  # (b, t + l, kv, p)

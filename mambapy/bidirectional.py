@@ -61,9 +61,9 @@ class BiMambaBlock(MambaBlock):
         init_A_log(self.A_b_log)
         nn.init.ones_(self.D_b)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e)
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, 2e): (b, l, d)."""
+        x, z = inputs.chunk(2, dim=-1)  # (b, l, e)
         y = self._direction(x, z, ragged, backward=False)
         y = y + self._direction(x, z, ragged, backward=True)
         return self.out_proj(y / 2)
@@ -148,9 +148,9 @@ class BiMamba2Block(Mamba2Block):
         init_A_log_uniform(self.A_b_log, *config.A_init_range)
         nn.init.ones_(self.D_b)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        gate, value, z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)  # (b, l, ...)
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, ...): (b, l, d)."""
+        gate, value, z, xBC, dt = inputs.split(self.parts, dim=-1)  # (b, l, ...)
         y = self._direction(xBC, dt, ragged, backward=False)
         y = y + self._direction(xBC, dt, ragged, backward=True)
         return self._finish(y / 2, z, gate, value)

@@ -1,11 +1,13 @@
 """What a mixer is, and the residual block around it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mambapy.errors import ShapeError
 from mambapy.experts import Experts
@@ -20,8 +22,15 @@ S = TypeVar("S", bound=State)
 
 
 class Mixer(WideParameters, ABC, Generic[S]):
-    """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state."""
+    """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state.
 
+    Attributes:
+        recompute: keep only what in_proj gives for the backward pass, and compute what lies between
+            it and out_proj again.
+    """
+
+    recompute = False
+    in_proj: nn.Linear
     out_proj: nn.Linear
     state_kind: type[S]
 
@@ -29,9 +38,16 @@ class Mixer(WideParameters, ABC, Generic[S]):
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as the constructor does."""
 
-    @abstractmethod
     def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
         """Run whole sequences, (b, l, d) -> (b, l, d)."""
+        inputs = self.in_proj(x)
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(self.output, inputs, ragged)
+        return self.output(inputs, ragged)
+
+    @abstractmethod
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, ...): (b, l, d)."""
 
     @abstractmethod
     def prefill(
@@ -87,6 +103,18 @@ class Mixer(WideParameters, ABC, Generic[S]):
 def _rows(chosen: Tensor, T: Tensor) -> Tensor:
     """chosen (b), shaped so that it broadcasts over T (b, ...)."""
     return chosen.view(-1, *[1] * (T.dim() - 1))
+
+
+def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """function(x, *args), of which the backward pass keeps only x: it computes the rest again.
+
+    Random numbers are the same both times, but in a CUDA graph that is being captured: there, no
+    state of a generator can be read.
+    """
+    capturing = (
+        not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=not capturing)
 
 
 class GatedMLP(nn.Module):

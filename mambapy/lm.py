@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambapy import checkpoints, generation, ops
@@ -32,6 +33,7 @@ from mambapy.layers import (
     is_plain,
     lookup,
     product,
+    widen,
 )
 from mambapy.mamba import Mamba
 from mambapy.mamba2 import Mamba2
@@ -58,6 +60,8 @@ __all__ = [
 ]
 
 L = TypeVar("L", bound="LM")
+# A target that is none.
+IGNORED = -100
 # The stack of each kind of configuration.
 STACKS: dict[type[StackConfig], Callable[[Any], Stack]] = {
     MambaConfig: Mamba,
@@ -177,6 +181,15 @@ class LM(FusedStep, Pretrained):
         return self
 
     @property
+    def recompute(self) -> str:
+        """What the backward pass computes again: "none", "scan" or "block"; see `Stack`."""
+        return self.backbone.recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        self.backbone.recompute = value
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Whether the backward pass computes each block again, to save memory; can be set."""
         return self.backbone.gradient_checkpointing
@@ -222,9 +235,76 @@ class LM(FusedStep, Pretrained):
             (b, l, vocab_size), and for each layer with experts (b, l, n_experts), before the
             softmax; zeros at padding.
         """
-        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
-        hidden, found = self.backbone.run_routed(self._embed(ragged.pack(tokens)), ragged)
+        hidden, found, ragged = self._run_routed(tokens, mask, seq_idx, dt_scale)
         return ragged.restore(self._head(hidden)), [ragged.restore(logits) for logits in found]
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of the next token in nats; never holds the logits of all positions.
+
+        Args:
+            tokens: (b, l) int64 in [0, vocab_size), l >= 1.
+            targets: (b, l) int64, what comes after each token, or -100 where that is not asked.
+                Without it, the token to the right, in the same document.
+            mask: (b, l) bool, True at real tokens; padding predicts nothing and is not predicted.
+            seq_idx: (b, l) integers, the document of each token.
+            dt_scale: (b, l) >= 0, the time since the token before, in steps.
+
+        Returns:
+            () in float32 or wider; nan where there is nothing to predict.
+
+        Raises:
+            ShapeError: an argument does not fit, or a token or target is out of range.
+        """
+        hidden = self.hidden(tokens, mask, seq_idx, dt_scale)
+        return self.loss_from(hidden, _targets(tokens, targets, mask, seq_idx))
+
+    def routed_loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        dt_scale: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`loss`, and the logits of every router, as `routed` has them."""
+        hidden, found, ragged = self._run_routed(tokens, mask, seq_idx, dt_scale)
+        hidden = ragged.restore(self.norm_f(hidden))
+        loss = self.loss_from(hidden, _targets(tokens, targets, mask, seq_idx))
+        return loss, [ragged.restore(logits) for logits in found]
+
+    def loss_from(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy from what `hidden` or `prefill_hidden` gave.
+
+        Args:
+            hidden: (b, l, d_model).
+            targets: (b, l) int64, or -100 where nothing is to be predicted.
+            reduction: "mean" or "sum".
+        """
+        head, v = self.lm_head, self.vocab_size
+        if not is_plain(head, nn.Linear):
+            # An adapter or a hook wants to be called.
+            logits = widen(head(hidden)[..., :v]).flatten(0, -2)  # (t, v)
+            return F.cross_entropy(
+                logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction
+            )
+        return ops.linear_cross_entropy(
+            hidden,
+            head.weight,
+            targets,
+            vocab_size=v,
+            ignore_index=IGNORED,
+            reduction=reduction,
+            backend="reference" if self.config.backend == "reference" else "auto",
+        )
 
     def hidden(
         self,
@@ -250,6 +330,18 @@ class LM(FusedStep, Pretrained):
         """The residual stream (b, l, d) after the last block, rows packed, and their layout."""
         ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
         return self.backbone.run(self._embed(ragged.pack(tokens)), ragged), ragged
+
+    def _run_routed(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+        dt_scale: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], Ragged]:
+        """`_run`, and the logits of every router in between."""
+        ragged = self._layout(tokens, 2, mask, seq_idx, dt_scale)
+        hidden, found = self.backbone.run_routed(self._embed(ragged.pack(tokens)), ragged)
+        return hidden, found, ragged
 
     def prefill_hidden(
         self,
@@ -464,6 +556,23 @@ class LM(FusedStep, Pretrained):
 
 
 MambaLM = LM
+
+
+def _targets(
+    tokens: Tensor, targets: Tensor | None, mask: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    """(b, l) what each token must predict, -100 where that is nothing."""
+    real = mask
+    if seq_idx is not None:
+        real = seq_idx >= 0 if real is None else real & (seq_idx >= 0)
+    if targets is None:
+        targets = torch.full_like(tokens, IGNORED, dtype=torch.int64)
+        targets[:, :-1] = tokens[:, 1:]
+        if real is not None:
+            targets[:, :-1].masked_fill_(~real[:, 1:], IGNORED)
+        if seq_idx is not None:
+            targets[:, :-1].masked_fill_(seq_idx[:, 1:] != seq_idx[:, :-1], IGNORED)
+    return targets if real is None else targets.masked_fill(~real, IGNORED)
 
 
 def from_pretrained(

@@ -112,16 +112,16 @@ class MambaBlock(Mixer[SSMState]):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        return self._mix(x, None, ragged)[0]
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, 2e): (b, l, d)."""
+        return self._mix(inputs, None, ragged)[0]
 
     def prefill(
         self, x: Tensor, state: SSMState | None = None, ragged: Ragged = Ragged()
     ) -> tuple[Tensor, SSMState]:
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
         state = self.init_state(x.shape[0]) if state is None else state
-        y, conv, ssm = self._mix(x, state, ragged)
+        y, conv, ssm = self._mix(self.in_proj(x), state, ragged)
         return y, SSMState(conv, ssm)
 
     def step(
@@ -184,10 +184,10 @@ class MambaBlock(Mixer[SSMState]):
         return {"conv": (batch_size, k - 1, e), "ssm": (batch_size, e, n)}
 
     def _mix(
-        self, x: Tensor, state: SSMState | None, ragged: Ragged
+        self, inputs: Tensor, state: SSMState | None, ragged: Ragged
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output (b, l, d), and what comes after `state`: conv (b, k-1, e), ssm (b, e, n)."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e)
+        x, z = inputs.chunk(2, dim=-1)  # (b, l, e)
         conv = x
         if state is not None:
             conv = ops.conv_state(

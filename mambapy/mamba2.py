@@ -108,16 +108,16 @@ class Mamba2Block(Mixer[Mamba2State]):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        return self._mix(x, None, ragged)[0]
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, ...): (b, l, d)."""
+        return self._mix(inputs, None, ragged)[0]
 
     def prefill(
         self, x: Tensor, state: Mamba2State | None = None, ragged: Ragged = Ragged()
     ) -> tuple[Tensor, Mamba2State]:
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
         state = self.init_state(x.shape[0]) if state is None else state
-        y, conv, ssm = self._mix(x, state, ragged)
+        y, conv, ssm = self._mix(self.in_proj(x), state, ragged)
         return y, Mamba2State(conv, ssm)
 
     def step(
@@ -184,10 +184,10 @@ class Mamba2Block(Mixer[Mamba2State]):
         return Mamba2State(state.conv, widen(self.init_states).expand(batch_size, -1, -1, -1))
 
     def _mix(
-        self, x: Tensor, state: Mamba2State | None, ragged: Ragged
+        self, inputs: Tensor, state: Mamba2State | None, ragged: Ragged
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output (b, l, d), and what comes after `state`: conv and ssm."""
-        gate, value, z, xBC, dt = self.in_proj(x).split(self.parts, dim=-1)  # (b, l, ...)
+        gate, value, z, xBC, dt = inputs.split(self.parts, dim=-1)  # (b, l, ...)
         conv = xBC
         if state is not None:
             conv = ops.conv_state(
@@ -199,7 +199,7 @@ class Mamba2Block(Mixer[Mamba2State]):
             )
         elif self.init_states is not None:
             # Where no state is asked for, h may start from what was learned all the same.
-            state = self.init_state(x.shape[0])
+            state = self.init_state(inputs.shape[0])
         xBC = ops.causal_conv1d(
             xBC,
             *taps(self.conv1d),

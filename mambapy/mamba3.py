@@ -104,21 +104,22 @@ class Mamba3Block(Mixer[Mamba3State]):
             if weight is not None:
                 nn.init.constant_(weight, value)
 
-    def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
-        """Run whole sequences, (b, l, d) -> (b, l, d)."""
-        return self._mix(x, None, ragged)[0]
+    def output(self, inputs: Tensor, ragged: Ragged) -> Tensor:
+        """What `forward` makes of in_proj's output (b, l, ...): (b, l, d)."""
+        return self._mix(inputs, None, ragged)[0]
 
     def prefill(
         self, x: Tensor, state: Mamba3State | None = None, ragged: Ragged = Ragged()
     ) -> tuple[Tensor, Mamba3State]:
         """Run sequences (b, l, d) that go on from a state, and return the state they leave."""
-        return self._mix(x, self.init_state(x.shape[0]) if state is None else state, ragged)
+        state = self.init_state(x.shape[0]) if state is None else state
+        return self._mix(self.in_proj(x), state, ragged)
 
     def step(
         self, x: Tensor, state: Mamba3State, dt_scale: Tensor | None = None
     ) -> tuple[Tensor, Mamba3State]:
         """Run one token of each sequence, (b, d) -> (b, d)."""
-        z, (x, dt, A, trap, omega, B, C) = self._inputs(x, dt_scale)
+        z, (x, dt, A, trap, omega, B, C) = self._split(self.in_proj(x), dt_scale)
         y, parts = ops.mamba3_step(
             *(x, dt, A, trap, omega, B, C, self.D),
             B_bias=self.B_bias,
@@ -141,12 +142,12 @@ class Mamba3Block(Mixer[Mamba3State]):
         }
 
     def _mix(
-        self, x: Tensor, state: Mamba3State | None, ragged: Ragged
+        self, inputs: Tensor, state: Mamba3State | None, ragged: Ragged
     ) -> tuple[Tensor, Mamba3State]:
         """The output (b, l, d), and the state after it."""
-        z, inputs = self._inputs(x, ragged.dt_scale)
-        y, parts = ops.mamba3_scan(
-            *inputs,
+        z, parts = self._split(inputs, ragged.dt_scale)
+        y, last = ops.mamba3_scan(
+            *parts,
             self.D,
             B_bias=self.B_bias,
             C_bias=self.C_bias,
@@ -159,12 +160,12 @@ class Mamba3Block(Mixer[Mamba3State]):
             return_state=True,
             backend=self.config.backend,
         )
-        return self._finish(y, z), Mamba3State(*parts)
+        return self._finish(y, z), Mamba3State(*last)
 
-    def _inputs(self, x: Tensor, dt_scale: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _split(self, inputs: Tensor, dt_scale: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """z (..., h, p), and what the recurrence takes: x, dt, A, trap, omega, B, C."""
         config = self.config
-        z, x, B, C, dt, A, trap, omega = self.in_proj(x).split(self.parts, dim=-1)
+        z, x, B, C, dt, A, trap, omega = inputs.split(self.parts, dim=-1)
         z, x = (T.unflatten(-1, (config.n_heads, config.d_head)) for T in (z, x))
         rows = (config.mimo_rank, config.n_groups, config.d_state)
         B, C = self.B_norm(B.unflatten(-1, rows)), self.C_norm(C.unflatten(-1, rows))

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from mambapy.block import GatedMLP, Mixer, ResidualBlock
-from mambapy.config import StackConfig
-from mambapy.errors import ShapeError
+from mambapy.block import GatedMLP, Mixer, ResidualBlock, recomputed
+from mambapy.config import RECOMPUTE, StackConfig
+from mambapy.errors import ConfigError, ShapeError
 from mambapy.experts import Experts
 from mambapy.fused import FusedStep
 from mambapy.init import rescale_residual
@@ -34,15 +33,12 @@ class Stack(FusedStep):
         config: the architecture.
         mixers: one for each block.
 
-    Attributes:
-        gradient_checkpointing: set it to True to keep only each block's input for the backward
-            pass, and compute the rest again: less memory, one more forward pass of time.
     """
 
     def __init__(self, config: StackConfig, mixers: Iterable[Mixer[Any]]) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self._recompute = "none"
         self.layers: Sequence[ResidualBlock] = nn.ModuleList(  # type: ignore[assignment]
             ResidualBlock(
                 mixer,
@@ -53,6 +49,36 @@ class Stack(FusedStep):
             for mixer, kind in zip(mixers, config.feed_forwards, strict=True)
         )
         self._rescale()
+
+    @property
+    def recompute(self) -> str:
+        """What the backward pass computes again, to save memory; can be set.
+
+        "none"; "scan": what lies between a mixer's in_proj and out_proj, which is most of what it
+        would keep and costs little to compute; "block": all but each block's input, which costs
+        one more forward pass.
+
+        Raises:
+            ConfigError: it is set to something else.
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        if value not in RECOMPUTE:
+            raise ConfigError(f"recompute={value!r} must be one of {', '.join(RECOMPUTE)}")
+        self._recompute = value
+        for layer in self.layers:
+            layer.mixer.recompute = value == "scan"
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether `recompute` is "block", as transformers calls it; can be set."""
+        return self._recompute == "block"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.recompute = "block" if value else "none"
 
     def _feed_forward(self, kind: str) -> GatedMLP | Experts | None:
         """What comes after a mixer: "mlp", "moe" (of configurations that have experts), or ""."""
@@ -179,7 +205,7 @@ class Stack(FusedStep):
         residual = self.to_residual(x)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                residual = checkpoint(layer, residual, ragged, use_reentrant=False)
+                residual = recomputed(layer, residual, ragged)
             else:
                 residual = layer(residual, ragged)
         return residual.to(x.dtype)
@@ -189,7 +215,7 @@ class Stack(FusedStep):
         residual, found = self.to_residual(x), []
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                residual, logits = checkpoint(layer.routed, residual, ragged, use_reentrant=False)
+                residual, logits = recomputed(layer.routed, residual, ragged)
             else:
                 residual, logits = layer.routed(residual, ragged)
             if logits is not None:

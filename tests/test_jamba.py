@@ -350,3 +350,15 @@ def test_generate_several_prompts_as_each_alone():
     alone = [lm.generate(ByteTokenizer(), p, num_tokens=8, sample=False) for p in prompts]
     assert together == alone
     assert jamba_lm.JambaConfig is JambaConfig
+
+
+def test_routed_loss_is_the_loss_of_the_routed_logits():
+    lm = model()
+    tokens, targets = torch.randint(VOCAB, (2, 8)), torch.randint(VOCAB, (2, 8))
+    logits, routing = lm.routed(tokens)
+    loss, found = lm.routed_loss(tokens, targets)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert_near(loss, expected, 1e-12)
+    assert_near(lm.loss(tokens, targets), expected, 1e-12)
+    for got, want in zip(found, routing, strict=True):
+        assert_near(got, want, 1e-12)

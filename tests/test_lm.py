@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mambapy.errors import ConfigError, ShapeError
 from mambapy.lm import LM, MambaLM
@@ -205,3 +206,68 @@ def test_a_stays_negative_after_violent_steps():  # trap 16
 
 def test_alias():
     assert MambaLM is LM
+
+
+def by_hand(model, tokens, targets):
+    """The loss from the logits of all positions."""
+    logits = model(tokens).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab_multiple", [1, 8])
+def test_loss_is_that_of_the_logits(tied, vocab_multiple):
+    model = make(tie_embeddings=tied, pad_vocab_size_multiple=vocab_multiple).double()
+    tokens = torch.randint(21, (2, 6))
+    targets = torch.randint(21, (2, 6))
+    targets[0, 1] = -100
+    parameters = list(model.parameters())
+    found, expected = model.loss(tokens, targets), by_hand(model, tokens, targets)
+    assert_near(found, expected, 1e-12)
+    pairs = zip(
+        torch.autograd.grad(found, parameters),
+        torch.autograd.grad(expected, parameters),
+        strict=True,
+    )
+    for got, want in pairs:
+        assert_near(got, want, 1e-11)
+
+
+def test_loss_predicts_the_next_token_of_the_same_document():
+    model = make().double()
+    tokens = torch.randint(21, (2, 6))
+    nothing = torch.full((2, 1), -100)
+    shifted = torch.cat((tokens[:, 1:], nothing), dim=1)
+    assert_near(model.loss(tokens), by_hand(model, tokens, shifted), 1e-12)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 1]]).bool()
+    logits = model(tokens, mask=mask)
+    # In the second row, the third token is padding between two real ones.
+    aims = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 4)]
+    parts = [F.cross_entropy(logits[b, t], tokens[b, t + 1]) for b, t in aims]
+    assert_near(model.loss(tokens, mask=mask), torch.stack(parts).mean(), 1e-12)
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]])
+    logits = model(tokens, seq_idx=seq_idx)
+    aims = [(0, 0), (0, 1), (0, 3), *((1, t) for t in range(5))]
+    parts = [F.cross_entropy(logits[b, t], tokens[b, t + 1]) for b, t in aims]
+    assert_near(model.loss(tokens, seq_idx=seq_idx), torch.stack(parts).mean(), 1e-12)
+
+
+def test_loss_calls_a_head_that_is_not_plain():
+    model = make()
+    tokens, seen = torch.randint(21, (2, 6)), []
+    expected = model.loss(tokens)
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    assert_near(model.loss(tokens), expected, 1e-6)
+    assert seen
+
+
+def test_loss_in_pieces_of_a_sequence():
+    model = make().double()
+    tokens, targets = torch.randint(21, (2, 7)), torch.randint(21, (2, 7))
+    first, state = model.prefill_hidden(tokens[:, :3])
+    second, _ = model.prefill_hidden(tokens[:, 3:], state)
+    parts = (
+        model.loss_from(hidden, part, "sum")
+        for hidden, part in ((first, targets[:, :3]), (second, targets[:, 3:]))
+    )
+    assert_near(sum(parts) / 14, model.loss(tokens, targets), 1e-12)

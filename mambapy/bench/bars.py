@@ -77,7 +77,8 @@ def _speed(axes: Any, names: Sequence[str], record: Record) -> None:
         _label(axes, fast, place, text)
     if floor:
         axes.axvline(floor, color=INK, linestyle="--", linewidth=1.4, zorder=1)
-        name = "floor, float32" if record["pass"] == "decode" else "floor"
+        dtype = record.get("dtype", "float32")
+        name = f"floor, {dtype}" if record["pass"] == "decode" else "floor"
         axes.text(floor, -0.62, f"{name}: {floor:,.0f} ", ha="right", fontsize=8.5, color=INK)
     axes.set_xlim(0, 1.25 * max(one["tokens_per_s"] for one in found.values()))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")

@@ -43,6 +43,7 @@ class Case:
         patience_s: a run longer than this is broken off, and not begun where a smaller case took as
             long.
         memory_limit: bytes; a contestant that is expected to need more is left out.
+        dtype: "float32", or "bfloat16" for activations, and for weights where none are trained.
     """
 
     kind: str
@@ -56,12 +57,14 @@ class Case:
     limit_s: float = 3.0
     patience_s: float = 30.0
     memory_limit: int = 10 * GIB
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
         """Kind and sizes, for instance block-b1-l1024-d768-n16; `--cases` is matched with it."""
         shown = (f"{_LETTERS[key]}{size}" for key, size in self.sizes.items() if key in _LETTERS)
-        return "-".join([self.kind, *shown])
+        short = [] if self.dtype == "float32" else ["bf16"]
+        return "-".join([self.kind, *shown, *short])
 
 
 def select(
@@ -70,6 +73,7 @@ def select(
     contestants: str | None = None,
     *,
     quick: bool = False,
+    device: str = "cpu",
 ) -> list[Case]:
     """The cases of a kind.
 
@@ -78,11 +82,12 @@ def select(
         pattern: only those whose name has it in it; * and ? stand for any characters.
         contestants: only those, names with commas between them.
         quick: the tiny cases instead.
+        device: "cpu", or "cuda", which has larger ones.
 
     Raises:
         ConfigError: no case's name has the pattern in it, or there is no such contestant.
     """
-    cases = (_QUICK if quick else _FULL)[kind]
+    cases = (_QUICK if quick else _full(device))[kind]
     if contestants is not None:
         known = [*dict.fromkeys(name for case in cases for name in case.contestants)]
         wanted = [name.strip() for name in contestants.split(",")]
@@ -101,6 +106,15 @@ def select(
         names = ", ".join(case.name for case in cases[:3])
         raise ConfigError(f"--cases {pattern!r} fits no case of `bench {kind}`: {names}, ...")
     return found
+
+
+def _full(device: str) -> dict[str, list[Case]]:
+    """The cases of every kind."""
+    if device != "cuda":
+        return _FULL
+    from mambapy.bench.cases_cuda import CUDA
+
+    return _FULL | CUDA
 
 
 def _scan(b: int, l: int, e: int, n: int, **options: Any) -> Case:

@@ -6,7 +6,7 @@ from typing import Any
 from mambapy.bench.style import BLUE, GREY, INK, PALE, STYLES, clean, frame, size
 from mambapy.bench.table import duration
 
-SWEEPS = ("length", "d_model", "d_state")
+SWEEPS = ("length", "batch", "d_model", "d_inner", "d_state")
 _SIZES = ("batch", "length", "d_model", "d_inner", "d_state")
 _SUBJECTS = {"scan": "Selective scan", "block": "One Mamba block"}
 

@@ -48,8 +48,8 @@ class Options:
     def path(self) -> Path:
         """The file of the results. A part of the cases does not replace the record of all."""
         parts = [
-            self.kind,
             *([self.device] if self.device != "cpu" else []),
+            self.kind,
             *(["quick"] if self.quick else []),
             *(["part"] if self.cases or self.contestants else []),
         ]

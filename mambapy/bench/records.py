@@ -43,6 +43,8 @@ def make(
         "sweeps": [*case.sweeps],
         "contestants": contestants,
     }
+    if case.dtype != "float32":
+        record["dtype"] = case.dtype
     if case.kind == "scan":
         _add_auto(record, facts)
     return record
@@ -51,7 +53,7 @@ def make(
 def add_bandwidth(
     record: Record, bytes_per_s: float, tokens: int, facts: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Say what decoding read of its weights, and add the floor: to read them in float32 alone.
+    """Say what decoding read of its weights, and add the floor: to read them alone.
 
     Args:
         record: of the pass "decode"; it is added to.
@@ -64,7 +66,8 @@ def add_bandwidth(
         weight_bytes = facts[name]["weight_bytes"]
         found["weight_bytes"] = weight_bytes
         found["bandwidth_fraction"] = weight_bytes * found["tokens_per_s"] / bytes_per_s
-    whole = [name for name in ("mambapy float32", "mamba2") if name in record["contestants"]]
+    first = ("mambapy float32", "mamba2", "mambapy")
+    whole = [name for name in first if name in record["contestants"]]
     if whole:
         weight_bytes = facts[whole[0]]["weight_bytes"]
         seconds = tokens * weight_bytes / bytes_per_s
@@ -113,7 +116,8 @@ def _tokens(case: Case, pass_: str) -> int | None:
 def _add_auto(record: Record, facts: Mapping[str, dict[str, Any]]) -> None:
     """Say which backend "auto" takes, and its time over that of the fastest named one."""
     found = record["contestants"]
-    named = [found[name]["median_s"] for name in found if name not in ("auto", "mamba.py")]
+    others = ("auto", "mamba.py", "official")
+    named = [found[name]["median_s"] for name in found if name not in others]
     if "auto" in found:
         record["auto_takes"] = facts["auto"][record["pass"]]
         record["auto_over_best"] = found["auto"]["median_s"] / min(named) if named else None

@@ -57,6 +57,9 @@ WHO = {
     "reference": Who("ours.py", {"backend": "reference"}, copies=(0, 6, 5)),
     MAMBA_PY: Who("mamba_py.py", library=MAMBA_PY, copies=(7, 10, 5)),
     "transformers": Who("hf.py", package="transformers", copies=(4, 13, 6)),
+    "official": Who("official.py", package="mamba_ssm"),
+    "mambapy recompute": Who("ours.py", {"recompute": "scan"}),
+    "mambapy eager": Who("ours.py", {"cuda_graph": "never"}),
     "mamba2": Who("ours.py", {"model": "mamba2"}),
     "mamba3": Who("ours.py", {"model": "mamba3"}),
     "transformers mamba2": Who("hf.py", package="transformers"),
@@ -87,7 +90,7 @@ def find(mamba_py: str | None = None) -> Libraries:
     """
     folders = {OURS: Path(mambapy.__file__).resolve().parent.parent}
     versions = {"python": platform.python_version(), OURS: mambapy.__version__}
-    for package in ("torch", "numba", "transformers"):
+    for package in ("torch", "numba", "triton", "transformers", "mamba_ssm"):
         if importlib.util.find_spec(package):
             versions[package] = importlib.metadata.version(package)
     if mamba_py is not None:

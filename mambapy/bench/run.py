@@ -18,6 +18,7 @@ from mambapy.errors import ConfigError
 
 # A contestant may be expected to need that share of the machine's memory.
 MEMORY_SHARE = 0.5
+GPU_SHARE = 0.9
 
 
 def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
@@ -35,7 +36,13 @@ def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
         BackendError: no process could be started on the device.
         CheckpointError: the file cannot be written.
     """
-    chosen = cases.select(options.kind, options.cases, options.contestants, quick=options.quick)
+    chosen = cases.select(
+        options.kind,
+        options.cases,
+        options.contestants,
+        quick=options.quick,
+        device=options.device,
+    )
     libraries = rivals.find(options.mamba_py)
     _check_writable(Path(options.out))
     found: list[records.Record] = []
@@ -56,7 +63,8 @@ def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
         "kind": options.kind,
         "command": options.command,
         "date": datetime.date.today().isoformat(),
-        "machine": machine.facts(session.facts.get("threads"), session.facts.get("gpu")),
+        "machine": machine.facts(session.facts.get("threads"), session.facts.get("gpu"))
+        | session.card,
         "versions": {**libraries.versions},
         "left_out": session.left_out,
         "cases": found,
@@ -77,11 +85,19 @@ class Session:
         self.options, self.libraries = options, libraries
         self.left_out: list[dict[str, str]] = []
         self.facts: dict[str, Any] = {}
+        # What a GPU can do at most, measured before all contestants.
+        self.card: dict[str, Any] = {}
         self._shared: dict[str, Worker] = {}
         # Case and seconds of every first run, by contestant and pass.
         self._seen: dict[tuple[str, str], list[tuple[Case, float]]] = {}
 
     def __enter__(self) -> "Session":
+        if self.options.device == "cuda":
+            folder = self.libraries.folders[rivals.OURS]
+            with Worker(folder, self.options.threads, "cuda") as worker:
+                worker.ready()
+                worker.send(do="card")
+                self.card = worker.receive(BUILD_SECONDS)
         return self
 
     def __exit__(
@@ -152,7 +168,10 @@ class Session:
     def _too_large(self, case: Case, pass_: str, name: str) -> str | None:
         """Why a pass would need too much memory."""
         need = rivals.expected_bytes(name, pass_, case.sizes)
-        limit = min(case.memory_limit, MEMORY_SHARE * (machine.memory_bytes() or need + 1))
+        room = MEMORY_SHARE * (machine.memory_bytes() or 2 * (need + 1))
+        if self.card:
+            room = GPU_SHARE * self.card["gpu_memory_bytes"]
+        limit = min(case.memory_limit, room)
         if need <= limit:
             return None
         gib = cases.GIB
@@ -189,7 +208,8 @@ class Session:
             worker.receive(BUILD_SECONDS)
         for name, worker in workers.items():
             who, sizes = rivals.WHO[name], {**case.sizes}
-            about = {"file": who.file, "options": {**who.options}, "sizes": sizes}
+            dtype = {} if case.dtype == "float32" else {"dtype": case.dtype}
+            about = {"file": who.file, "options": {**who.options} | dtype, "sizes": sizes}
             worker.send(do="build", name=name, kind=case.kind, **about)
         facts = {name: self._facts(name, case, worker) for name, worker in workers.items()}
         wrong = records.differing(facts)

@@ -7,7 +7,9 @@ here, the same for all. The floor gives `products` instead, and only those are r
 worker.py loads this file by path; nothing here may import mambapy.
 """
 
+import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,50 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def timed(run: Callable[[], Any], repeats: int, device: str) -> float:
+    """Mean seconds of a run; on a GPU by its own clock, and never with what is in its cache."""
+    if device != "cuda":
+        started = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - started) / repeats
+    room = cache_room()
+    pairs = []
+    for _ in range(repeats):
+        room.zero_()
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        run()
+        pair[1].record()
+        pairs.append(pair)
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3 / repeats
+
+
+@functools.cache
+def cache_room() -> Tensor:
+    """Twice as much memory as a GPU's cache has: to write it drives everything else out."""
+    size = torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+
+
+def card() -> dict[str, Any]:
+    """What a GPU can do at most: bytes copied a second (read and written), bf16 products."""
+    size, n = 1 << 30, 8192
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    A, B, C = (torch.randn(n, n, device="cuda").bfloat16() for _ in range(3))
+
+    def best(run: Callable[[], Any]) -> float:
+        return min(timed(run, 10, "cuda") for _ in range(5))
+
+    return {
+        "gpu_memory_bytes": torch.cuda.get_device_properties().total_memory,
+        "copy_bytes_per_s": 2 * size / best(lambda: target.copy_(source)),
+        "bf16_flops": 2 * n**3 / best(lambda: torch.mm(A, B, out=C)),
+    }
+
+
 def build(
     contestant: Any, kind: str, sizes: Sizes, options: dict[str, Any], device: str
 ) -> tuple[Passes, dict[str, Any]]:
@@ -55,8 +101,19 @@ def build(
     torch.manual_seed(0)
     with torch.device(device):
         if hasattr(contestant, "products"):
-            return _floor(contestant, kind, sizes)
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(_dtype(options))
+            try:
+                return _floor(contestant, kind, sizes)
+            finally:
+                torch.set_default_dtype(before)
         return _KINDS[kind](contestant, sizes, options)
+
+
+def _dtype(options: dict[str, Any]) -> torch.dtype:
+    """Of activations."""
+    dtype: torch.dtype = getattr(torch, options.get("dtype", "float32"))
+    return dtype
 
 
 def _floor(contestant: Any, kind: str, sizes: Sizes) -> tuple[Passes, dict[str, Any]]:
@@ -81,9 +138,9 @@ def _floor(contestant: Any, kind: str, sizes: Sizes) -> tuple[Passes, dict[str, 
 
 
 def _scan(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
-    """The selective scan alone, with its skip D and without gate, bias and softplus."""
+    """The selective scan alone, with its skip D; gate, bias and softplus only where "fused" is."""
     b, l, e, n = (sizes[name] for name in ("batch", "length", "d_inner", "d_state"))
-    inputs = (
+    inputs: tuple[Tensor, ...] = (
         torch.randn(b, l, e),
         # Step sizes as a trained block has them, log-uniform from 0.001 to 0.1.
         torch.exp(math.log(0.001) + torch.rand(b, l, e) * math.log(100.0)),
@@ -92,18 +149,27 @@ def _scan(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passe
         torch.randn(b, l, n),
         torch.randn(e),
     )
+    if "fused" in sizes:
+        x, dt, A, B, C, D = inputs
+        bias = dt[0, 0].expm1().log()
+        noise, z = 0.1 * torch.randn(b, l, e), torch.randn(b, l, e)
+        x, noise, B, C, z = (T.to(_dtype(options)) for T in (x, noise, B, C, z))
+        inputs = (x, noise, A, B, C, D, z, bias)
+    if hasattr(contestant, "scan_inputs"):
+        inputs = contestant.scan_inputs(*inputs)
     for T in inputs:
         T.requires_grad_()
     scan = contestant.scan(sizes, options)
     facts = contestant.scan_facts(*inputs) if hasattr(contestant, "scan_facts") else {}
-    return _forward_and_training(scan, inputs, (b, l, e)), facts
+    return _forward_and_training(scan, inputs, tuple(inputs[0].shape)), facts
 
 
 def _block(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
     """One block, (b, l, d) -> (b, l, d); training makes the gradients of input and weights."""
     shape = sizes["batch"], sizes["length"], sizes["d_model"]
-    x = torch.randn(shape).requires_grad_()
-    return _forward_and_training(contestant.block(sizes, options), (x,), shape), {}
+    x = torch.randn(shape, dtype=_dtype(options)).requires_grad_()
+    block = contestant.block(sizes, options).to(_dtype(options))
+    return _forward_and_training(block, (x,), shape), {}
 
 
 def _experts(
@@ -143,7 +209,7 @@ def _forward_and_training(
     """A pass without gradients, and one with those of all inputs and weights."""
     parameters = [*function.parameters()] if isinstance(function, nn.Module) else []
     leaves = (*inputs, *parameters)
-    gradient = torch.randn(output_shape)
+    gradient = torch.randn(output_shape, dtype=inputs[0].dtype)
 
     def forward() -> None:
         with torch.no_grad():
@@ -159,6 +225,9 @@ def _forward_and_training(
 
 def _train(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Passes, dict[str, Any]]:
     """One step as `mambapy train` does it: loss, gradients, clipping, AdamW."""
+    tokens = torch.randint(sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1))
+    if hasattr(contestant, "training_step") and tokens.is_cuda:
+        return {"step": contestant.training_step(sizes, options, tokens)}, {}
     model = contestant.language_model(sizes, options)
     if hasattr(contestant, "optimizer"):
         optimizer = contestant.optimizer(model)
@@ -166,12 +235,19 @@ def _train(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Pass
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
-    tokens = torch.randint(sizes["vocab_size"], (sizes["batch"], sizes["length"] + 1))
+    dtype = _dtype(options)
+
+    def from_logits(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = model(inputs)  # (b, l, v)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    # A library's own way to its loss, where it has one.
+    loss_of = getattr(model, "loss", from_logits)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        logits = model(tokens[:, :-1])  # (b, l, v)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
         loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,6 +261,8 @@ def _decode(
 ) -> tuple[Passes, dict[str, Any]]:
     """A prompt read at once, and tokens drawn greedily one after the other."""
     decoder = contestant.decoder(sizes, options)
+    if _dtype(options) != torch.float32:
+        decoder.model.to(_dtype(options))
     vocab_size = sizes["vocab_size"]
     prompt = torch.randint(vocab_size, (sizes["batch"], sizes["length"]))
 

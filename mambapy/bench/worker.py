@@ -10,6 +10,7 @@ Requests, each answered by one line of JSON, {"error": reason} where it failed:
     {"do": "build", "name": "floor", "file": "floor.py", "kind": "block", "sizes": {...},
      "options": {...}}
     {"do": "run", "name": "floor", "pass": "forward", "least_s": 0.05}
+    {"do": "card"}
     {"do": "clear"}
 """
 
@@ -20,7 +21,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ class Worker:
             raise ValueError("torch finds no CUDA device")
         if message["threads"]:
             torch.set_num_threads(message["threads"])
+        if self.device == "cuda":
+            # Before memory is looked at: it is no contestant's.
+            self.work.cache_room()
         self.meter = _load("memory.py").Meter(self.device)
         gpu = torch.cuda.get_device_name() if self.device == "cuda" else None
         return {"threads": torch.get_num_threads(), "gpu": gpu}
@@ -78,11 +81,7 @@ class Worker:
         if first:
             gc.collect()
             self.meter.rest()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            run()
-        self.work.synchronize(self.device)
-        seconds = (time.perf_counter() - started) / repeats
+        seconds = self.work.timed(run, repeats, self.device)
         self.repeats[key] = max(1, min(MOST_REPEATS, int(message["least_s"] / seconds)))
         peak, process = self.meter.peak()
         # Later runs take what the C library has kept from earlier ones, which says little.
@@ -91,6 +90,11 @@ class Worker:
             "peak_bytes": peak if first else None,
             "process_bytes": process,
         }
+
+    def card(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the GPU can do at most."""
+        facts: dict[str, Any] = self.work.card()
+        return facts
 
     def clear(self, message: dict[str, Any]) -> dict[str, Any]:
         """Forget all contestants."""

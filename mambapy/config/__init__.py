@@ -18,7 +18,7 @@ from mambapy.config.mixers import (
     Mamba3Config,
     MambaConfig,
 )
-from mambapy.config.stack import BACKENDS, StackConfig
+from mambapy.config.stack import BACKENDS, RECOMPUTE, StackConfig
 from mambapy.config.vim import VimConfig
 
 # What our config.json calls each kind of stack.
@@ -33,6 +33,7 @@ MODEL_TYPES: dict[str, type[StackConfig]] = {
 __all__ = [
     "BACKENDS",
     "MODEL_TYPES",
+    "RECOMPUTE",
     "AttentionConfig",
     "HeadsConfig",
     "HybridConfig",

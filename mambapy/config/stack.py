@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 from mambapy.errors import ConfigError
 
 BACKENDS = ("auto", "reference", "pscan", "chunked", "cpu", "official")
+# What the backward pass may compute again, from nothing to all.
+RECOMPUTE = ("none", "scan", "block")
 C = TypeVar("C", bound="StackConfig")
 
 

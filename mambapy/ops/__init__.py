@@ -7,6 +7,7 @@ from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.gated_norm import gated_rms_norm
 from mambapy.ops.info import backends_info
+from mambapy.ops.linear_cross_entropy import linear_cross_entropy
 from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
 from mambapy.ops.model_step import plan_looks_up, refuses_fused_step, step_plan
 from mambapy.ops.norm import rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "conv_state",
     "explain",
     "gated_rms_norm",
+    "linear_cross_entropy",
     "mamba3_scan",
     "mamba3_step",
     "plan_looks_up",

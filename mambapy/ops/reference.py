@@ -205,3 +205,20 @@ def gated_rms_norm(
     wide = wide_dtype(y, z, weight)
     gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (n_groups, -1))
     return (rms_norm(gated, None, eps).flatten(-2) * weight.to(wide)).to(y.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """lse(L) - L[target] with L = x W^T + bias, over the rows of x whose target counts."""
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    wide = wide_dtype(x, weight, bias)
+    L = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return F.cross_entropy(L, target, ignore_index=ignore_index, reduction=reduction)

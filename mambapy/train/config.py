@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mambapy.config import BACKENDS
+from mambapy.config import BACKENDS, RECOMPUTE
 from mambapy.errors import ConfigError
 from mambapy.train.presets import preset_settings
 
@@ -150,10 +150,15 @@ class TrainConfig:
     dtype: str = _setting(
         "float32", "bfloat16 is autocast: weights stay float32", choices=("float32", "bfloat16")
     )
-    checkpointing: str = _setting(
-        "none", "recompute each block in the backward pass", choices=("none", "block")
+    recompute: str = _setting(
+        "none", "what the backward pass computes again, for less memory", choices=RECOMPUTE
     )
     compile: bool = _setting(False, "run the forward pass through torch.compile")
+    cuda_graph: str = _setting(
+        "auto",
+        "play a step as one CUDA graph; auto: where that works",
+        choices=("auto", "always", "never"),
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     threads: int = _setting(0, "CPU threads; 0: torch's own choice", least=0)
     backend: str = _setting("auto", "implementation of the ops", choices=BACKENDS)

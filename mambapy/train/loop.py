@@ -24,7 +24,8 @@ from mambapy.train import data as datasets
 from mambapy.train import report, state
 from mambapy.train.config import TrainConfig
 from mambapy.train.text import open_source
-from mambapy.train.trainer import VALIDATIONS, Stop, Trainer, autocast
+from mambapy.train.trainer import VALIDATIONS, Stop, Trainer
+from mambapy.train.update import autocast
 from mambapy.train.validation import bits_per_byte, nats, xz_bits_per_byte
 
 
@@ -146,7 +147,7 @@ def _new_run(
     torch.manual_seed(config.seed)
     architecture = MODEL_TYPES[config.model](**config.sizes, backend=config.backend)
     model = LM(architecture, vocab_size, tie_embeddings=config.tie_embeddings).to(device)
-    model.gradient_checkpointing = config.checkpointing == "block"
+    model.recompute = config.recompute
     optimizer = make_optimizer(
         model,
         lr=config.lr,

@@ -114,7 +114,11 @@ def saved_config(folder: str | Path, **overrides: Any) -> TrainConfig:
         TrainingError, CheckpointError: there is no run, or it is damaged.
         ConfigError: a setting that cannot change is among the overrides.
     """
-    config = TrainConfig.from_dict({**read(Path(folder))["config"], "out": str(folder)})
+    values = {**read(Path(folder))["config"], "out": str(folder)}
+    if "checkpointing" in values:
+        # Its name before there were three ways.
+        values["recompute"] = values.pop("checkpointing")
+    config = TrainConfig.from_dict(values)
     return config.resumed(**overrides)
 
 

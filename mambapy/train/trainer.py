@@ -4,21 +4,22 @@ import math
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 
 from mambapy.errors import TrainingError
-from mambapy.experts import LoadBalance, load_balancing_loss, router_z_loss
 from mambapy.train import state
 from mambapy.train.config import TrainConfig
 from mambapy.train.data import Dataset, batch
+from mambapy.train.graph import make_update
+from mambapy.train.readback import LAG, Readback
 from mambapy.train.schedule import lr_factor
+from mambapy.train.update import Update, autocast
 from mambapy.train.validation import bits_per_byte, nats
 
 # With `minutes`, that many steps are timed before the number of steps is planned; it is planned
@@ -41,11 +42,13 @@ class Trainer:
         self.config = run.config
         self.folder = Path(run.config.out)
         self.device = next(run.model.parameters()).device
-        self.forward = torch.compile(run.model) if run.config.compile else run.model
-        routed = "moe" in run.model.config.feed_forwards
-        self._routed = run.model.routed if routed else None
-        if routed and run.config.compile:
-            self._routed = torch.compile(run.model.routed)
+        # A GPU works on while the host reads the numbers of earlier steps.
+        deferred = lag_of(self.device)
+        self._pending = Readback(self.device, deferred)
+        update = Update(
+            run.model, run.optimizer, run.config, None if deferred else self._check_next
+        )
+        self.update = make_update(update, run.config, self._tell_of_graph)
         self._shown: dict[str, str] = {}
         # Step and seconds at the last plan, or where this process took the run up.
         self._mark = run.step, run.seconds
@@ -63,21 +66,23 @@ class Trainer:
         self._mark = run.step, run.seconds
         run.model.train()
         while run.total is None or run.step < run.total:
-            values = self.step()
+            self.step()
             run.seconds = time.perf_counter() - started
-            if run.step % config.log_interval == 0:
-                self.log.write(**values, seconds=round(run.seconds, 3))
-            self._show(values)
+            self._read()
             plan = self._plan_is_due()
             validate = run.total is not None and self._due(run.interval)
+            due = self._due(config.save_interval) if config.save_interval else validate
+            save = plan or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS
+            if validate or save:
+                # Neither a validation nor a save may be of weights that were never checked.
+                self._read(everything=True)
             if validate:
                 self.validate()
             run.seconds = time.perf_counter() - started
             if plan:
                 self._plan()
                 run.seconds = time.perf_counter() - started
-            due = self._due(config.save_interval) if config.save_interval else validate
-            if plan or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS:
+            if save or stop.asked:
                 self.log.sync()
                 state.save(run, self.folder)
                 saved = time.perf_counter()
@@ -87,8 +92,8 @@ class Trainer:
                     f"{config.out}` goes on"
                 )
 
-    def step(self) -> dict[str, Any]:
-        """One optimiser step over `accumulate` passes; returns its line of the log.
+    def step(self) -> None:
+        """One optimiser step over `accumulate` passes; its line of the log comes from `_read`.
 
         Raises:
             TrainingError: the loss or the gradient is not finite; nothing was updated.
@@ -102,8 +107,6 @@ class Trainer:
             min_ratio=config.min_lr_ratio,
             decay_fraction=config.decay_fraction,
         )
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
         windows = batch(
             self.data.train,
             rows=config.batch_size * config.accumulate,
@@ -111,50 +114,46 @@ class Trainer:
             seed=config.seed,
             step=run.step,
         )
-        run.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        balances: list[LoadBalance] = []
-        for window in torch.split(torch.from_numpy(windows), config.batch_size):  # (b, l + 1)
-            tokens = window.to(self.device)
-            with self.autocast():
-                logits, routing = self._logits(tokens[:, :-1])  # (b, l, v)
-            part = functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-            penalty, balance = self._routing(routing)
-            torch.autograd.backward((part + penalty) / config.accumulate)
-            loss += part.item() / config.accumulate
-            balances += [] if balance is None else [balance]
-        norm = clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf).item()
-        self._check_finite(loss, norm)
-        run.optimizer.step()
+        numbers = self.update(torch.from_numpy(windows), lr)
         run.step += 1
-        return {
-            "step": run.step,
-            "tokens": run.step * windows.shape[0] * config.length,
-            "loss": loss,
-            "bpb": bits_per_byte(loss, len(self.data.train), self.data.train_bytes),
-            "lr": lr,
-            "grad_norm": norm,
-            **_described(balances),
-        }
+        tokens = run.step * windows.shape[0] * config.length
+        self._pending.push({"step": run.step, "tokens": tokens, "lr": lr}, numbers)
 
-    def _logits(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (b, l, v), and those of the routers where there are experts."""
-        if not self._routed:
-            return self.forward(tokens), []
-        return self._routed(tokens)
+    def _tell_of_graph(self, reason: str) -> None:
+        """Say in the log why there is no CUDA graph where there could be one."""
+        self.log.write(step=self.run.step, cuda_graph=f"not recorded: {reason}")
 
-    def _routing(
-        self, router_logits: list[torch.Tensor]
-    ) -> tuple[torch.Tensor | float, LoadBalance | None]:
-        """What is added to the loss for routers that are one-sided or loud; what they do."""
-        if not router_logits:
-            return 0.0, None
+    def _read(self, *, everything: bool = False) -> None:
+        """Log and show the steps whose numbers are due; on a GPU, those of the last are not yet.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; nothing was updated.
+        """
+        for known, (loss, norm, *routing) in self._pending.pop(everything=everything):
+            self._check_finite(loss, norm, known["step"])
+            values = {
+                "step": known["step"],
+                "tokens": known["tokens"],
+                "loss": loss,
+                "bpb": bits_per_byte(loss, len(self.data.train), self.data.train_bytes),
+                "lr": known["lr"],
+                "grad_norm": norm,
+                **self._described(routing),
+            }
+            if known["step"] % self.config.log_interval == 0:
+                self.log.write(**values, seconds=round(self.run.seconds, 3))
+            self._show(values)
+
+    def _described(self, routing: list[float]) -> dict[str, Any]:
+        """What the log says of a step's routers: the loss, and the load of each layer's experts."""
+        if not routing:
+            return {}
         model: Any = self.run.model.config
-        balance = load_balancing_loss(router_logits, model.top_k)
-        penalty = self.config.aux_loss * balance.total
-        if self.config.router_z_loss:
-            penalty = penalty + self.config.router_z_loss * router_z_loss(router_logits)
-        return penalty, balance
+        load = np.array(routing[1:]).reshape(-1, model.n_experts).tolist()
+        return {
+            "aux_loss": routing[0],
+            "expert_load": [[round(share, 4) for share in layer] for layer in load],
+        }
 
     def validate(self) -> float:
         """Validate on part of the held-out text; keep the weights if they are the best so far."""
@@ -228,14 +227,16 @@ class Trainer:
         """Whether something that happens every `interval` steps, and at the end, is due."""
         return self.run.step == self.run.total or self.run.step % interval == 0
 
-    def _check_finite(self, loss: float, norm: float) -> None:
+    def _check_next(self, loss: float, norm: float) -> None:
         """Stop before an update that would spoil the weights."""
+        self._check_finite(loss, norm, self.run.step + 1)
+
+    def _check_finite(self, loss: float, norm: float, step: int) -> None:
+        """Raise where a step's numbers are not finite."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient" if math.isfinite(loss) else "loss"
             value = norm if math.isfinite(loss) else loss
-            raise TrainingError(
-                f"{what} is {value} at step {self.run.step + 1}; {advice(self.config)}"
-            )
+            raise TrainingError(f"{what} is {value} at step {step}; {advice(self.config)}")
 
     def _show(self, values: dict[str, Any]) -> None:
         """Bring the bar up to date."""
@@ -284,23 +285,9 @@ class Stop:
         self.asked = True
 
 
-def _described(balances: list[LoadBalance]) -> dict[str, Any]:
-    """What the log says of a step's routers: the loss, and the load of each layer's experts."""
-    if not balances:
-        return {}
-    load = torch.stack([balance.load for balance in balances]).mean(0)
-    total = torch.stack([balance.total.detach() for balance in balances]).mean()
-    return {
-        "aux_loss": float(total),
-        "expert_load": [[round(share, 4) for share in layer] for layer in load.tolist()],
-    }
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision context of a forward pass."""
-    if dtype == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+def lag_of(device: torch.device) -> int:
+    """How many steps' numbers may be unread: on a CPU, each step is checked before its update."""
+    return LAG if device.type == "cuda" else 0
 
 
 def advice(config: TrainConfig) -> str:

@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
-from mambapy.lm import LM
+from mambapy.lm import IGNORED, LM
 
 # The held-out text is read as that many segments side by side, in chunks of that many tokens.
 _SEGMENTS = 16
 _CHUNK = 512
-# Most logits at a time.
-_LOGITS = 1 << 24
 
 
 def nats(
@@ -44,26 +41,23 @@ def nats(
         The sum in nats, and over how many tokens it went.
     """
     inputs, targets = _segments(tokens, eos, limit)
-    chunk = max(1, min(_CHUNK, _LOGITS // (len(inputs) * model.vocab_size)))
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total = 0.0
+    parts: list[torch.Tensor] = []
     state = None
     try:
         with torch.no_grad():
-            for start in range(0, inputs.shape[1], chunk):
-                x = inputs[:, start : start + chunk].to(device)
-                y = targets[:, start : start + chunk].to(device)
+            for start in range(0, inputs.shape[1], _CHUNK):
+                x = inputs[:, start : start + _CHUNK].to(device)
+                y = targets[:, start : start + _CHUNK].to(device)
                 with autocast():
-                    logits, state = model.prefill(x, state)
-                loss = functional.cross_entropy(
-                    logits.float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction="sum"
-                )
-                total += loss.item()
+                    hidden, state = model.prefill_hidden(x, state)
+                    parts.append(model.loss_from(hidden, y, "sum"))
     finally:
         model.train(was_training)
-    return total, int((targets >= 0).sum())
+    # Read back at once: each value would stall a GPU.
+    return sum(torch.stack(parts).tolist()), int((targets >= 0).sum())
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, text_bytes: int) -> float:
@@ -79,7 +73,7 @@ def xz_bits_per_byte(text: bytes) -> float:
 def _segments(
     tokens: npt.NDArray[Any], eos: int, limit: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (segments, length); a target of -1 is none."""
+    """Inputs and targets (segments, length); a target of -100 is none."""
     n = len(tokens)
     count = min(_SEGMENTS, n)
     stream = torch.from_numpy(np.concatenate([[eos], tokens]).astype(np.int64))
@@ -88,7 +82,7 @@ def _segments(
     if limit is not None:
         length = min(length, max(1, limit // count))
     inputs = torch.full((count, length), eos)
-    targets = torch.full((count, length), -1)
+    targets = torch.full((count, length), IGNORED)
     for row, (start, end) in enumerate(itertools.pairwise(edges)):
         size = min(length, end - start)
         inputs[row, :size] = stream[start : start + size]

@@ -186,7 +186,7 @@ def test_part_of_the_cases_is_a_file_of_its_own(tmp_path):
         Options(kind="block", out="x", **more).path.name
         for more in ({}, {"quick": True}, {"cases": "l1"}, {"device": "cuda", "quick": True})
     ]
-    assert paths == ["block.json", "block-quick.json", "block-part.json", "block-cuda-quick.json"]
+    assert paths == ["block.json", "block-quick.json", "block-part.json", "cuda-block-quick.json"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

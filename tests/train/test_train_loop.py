@@ -183,7 +183,7 @@ def test_accumulation_is_the_larger_batch(tiny: dict[str, Any], tmp_path: Path) 
 
 def test_checkpointing_changes_no_loss(tiny: dict[str, Any], tmp_path: Path) -> None:
     run({**tiny, "out": str(tmp_path / "a")})
-    run({**tiny, "out": str(tmp_path / "b"), "checkpointing": "block"})
+    run({**tiny, "out": str(tmp_path / "b"), "recompute": "block"})
     a, b = (log_of({"out": tmp_path / name}, "loss") for name in "ab")
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -230,20 +230,20 @@ def test_minutes_set_the_number_of_steps(tiny: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_and_costs_nothing(tiny: dict[str, Any], monkeypatch: Any, what: str) -> None:
-    forward = LM.forward
+    whole = LM.loss
     calls = 0
 
     def spoilt(self: LM, *args: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = forward(self, *args, **options)
+        loss = whole(self, *args, **options)
         if calls == 7 and what == "loss":
-            return logits * float("nan")
+            return loss * float("nan")
         if calls == 7:
-            logits.register_hook(lambda gradient: gradient * float("inf"))
-        return logits
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
 
-    monkeypatch.setattr(LM, "forward", spoilt)
+    monkeypatch.setattr(LM, "loss", spoilt)
     with pytest.raises(TrainingError) as error:
         run(tiny)
     message = str(error.value)

@@ -106,3 +106,14 @@ def test_log_keeps_what_the_checkpoint_has(tmp_path: Path) -> None:
         *({"step": i} for i in range(1, 6)),
         {"step": 6, "loss": 0.1 + 0.2},
     ]
+
+
+def test_a_run_from_before_recompute_had_its_name(tiny: dict[str, Any]) -> None:
+    train(TrainConfig(**tiny), quiet=True)
+    path = Path(tiny["out"]) / "last.pt"
+    payload = torch.load(path, weights_only=True)
+    del payload["config"]["recompute"], payload["config"]["cuda_graph"]
+    torch.save(payload | {"config": payload["config"] | {"checkpointing": "block"}}, path)
+    config = state.saved_config(tiny["out"], steps=13)
+    assert (config.recompute, config.cuda_graph) == ("block", "auto")
+    assert train(config, resume=True, quiet=True)["step"] == 13

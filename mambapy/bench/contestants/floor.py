@@ -149,5 +149,7 @@ def products(
 def memory_read(sizes: dict[str, int]) -> Callable[[], Tensor]:
     """A read of `bandwidth_bytes` bytes of memory, by adding them up."""
     values = sizes["bandwidth_bytes"] // 4
-    numbers = torch.randn(min(values, _BLOCK)).repeat(values // min(values, _BLOCK))
+    numbers = torch.randn(min(values, _BLOCK), dtype=torch.float32).repeat(
+        values // min(values, _BLOCK)
+    )
     return numbers.sum

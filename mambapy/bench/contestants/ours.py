@@ -9,9 +9,13 @@ from torch import Tensor, nn
 from mambapy import ops
 from mambapy.block import GatedMLP
 from mambapy.config import MODEL_TYPES, StackConfig, VimConfig
+from mambapy.errors import BackendError
 from mambapy.experts import Experts
 from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
+from mambapy.train.config import TrainConfig
+from mambapy.train.graph import WARM_UP, make_update
+from mambapy.train.update import Update
 from mambapy.vim import VisionMamba
 
 Sizes = dict[str, int]
@@ -22,16 +26,26 @@ def scan(sizes: Sizes, options: Options) -> Callable[..., Tensor]:
     """The op on the backend of the options."""
 
     def run(*inputs: Tensor) -> Tensor:
-        return ops.selective_scan(*inputs, backend=options["backend"])
+        given, more = _scan_call(inputs)
+        return ops.selective_scan(*given, **more, backend=options["backend"])
 
     return run
 
 
+def _scan_call(inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The op's arguments; with a gate comes a bias, and softplus."""
+    if len(inputs) == 6:
+        return inputs, {}
+    return inputs[:7], {"dt_bias": inputs[7], "dt_softplus": True}
+
+
 def scan_facts(*inputs: Tensor) -> dict[str, str]:
     """Which backend "auto" takes for this call: without gradients, and with them."""
+    given, more = _scan_call(inputs)
     with torch.no_grad():
-        forward = ops.explain("selective_scan", *inputs)
-    verdicts = {"forward": forward, "training": ops.explain("selective_scan", *inputs)}
+        forward = ops.explain("selective_scan", *given, **more)
+    training = ops.explain("selective_scan", *given, **more)
+    verdicts = {"forward": forward, "training": training}
     return {
         name: next(verdict.backend for verdict in found if verdict.chosen)
         for name, found in verdicts.items()
@@ -98,9 +112,38 @@ def language_model(sizes: Sizes, options: Options) -> LM:
     return LM(_config(sizes, options), sizes["vocab_size"]).train()
 
 
-def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module) -> torch.optim.AdamW:
     """AdamW with the library's parameter groups."""
     return make_optimizer(model, lr=1e-3)
+
+
+def training_step(sizes: Sizes, options: Options, tokens: Tensor) -> Callable[[], None]:
+    """A step on a GPU as `mambapy train` makes it: nothing is read back, and it is one graph."""
+    settings = {name: options[name] for name in ("recompute", "cuda_graph") if name in options}
+    config = TrainConfig(
+        batch_size=sizes["batch"],
+        length=sizes["length"],
+        dtype=options.get("dtype", "float32"),
+        **settings,
+    )
+    model = language_model(sizes, options)
+    model.recompute = config.recompute
+    update = make_update(Update(model, optimizer(model), config, None), config, _must_record)
+    windows, done = tokens.cpu(), 0
+
+    def step() -> None:
+        nonlocal done
+        # The first run is what comes before the recording, and the recording itself.
+        for _ in range(1 if done else WARM_UP + 1):
+            update(windows, 1e-3)
+            done += 1
+
+    return step
+
+
+def _must_record(reason: str) -> None:
+    """A step that is not a graph is not what the record says it is."""
+    raise BackendError(f"no CUDA graph: {reason}")
 
 
 class Decoder:

@@ -3,6 +3,6 @@
 backend          what the dispatch of mambapy.ops sees; it imports nothing that a GPU needs
 selective_scan   what launches kernels/scan_*.cu: CUDA C++, for what needs every register told
 cuda             their compilation by NVRTC, and their launch
-conv1d  norm     kernels in Triton
+conv1d  norm  cross_entropy    kernels in Triton
 step             a model's decoding step: a CUDA graph of step_kernel.py's kernels, in Triton
 """
