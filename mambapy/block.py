@@ -1,14 +1,17 @@
 """What a mixer is, and the residual block around it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._ops import OpOverload
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from mambapy import ops
 from mambapy.errors import ShapeError
 from mambapy.experts import Experts
 from mambapy.layers import RMSNorm, WideParameters, is_plain, wide
@@ -25,11 +28,11 @@ class Mixer(WideParameters, ABC, Generic[S]):
     """What every mixer is: (b, l, d) -> (b, l, d), looking at other tokens only through a state.
 
     Attributes:
-        recompute: keep only what in_proj gives for the backward pass, and compute what lies between
-            it and out_proj again.
+        recompute: what lies between in_proj and out_proj and is computed again in the backward pass
+            instead of kept: "none", "conv" (all but the recurrence) or "scan" (all).
     """
 
-    recompute = False
+    recompute = "none"
     in_proj: nn.Linear
     out_proj: nn.Linear
     state_kind: type[S]
@@ -41,8 +44,9 @@ class Mixer(WideParameters, ABC, Generic[S]):
     def forward(self, x: Tensor, ragged: Ragged = Ragged()) -> Tensor:
         """Run whole sequences, (b, l, d) -> (b, l, d)."""
         inputs = self.in_proj(x)
-        if self.recompute and torch.is_grad_enabled():
-            return recomputed(self.output, inputs, ragged)
+        if self.recompute != "none" and torch.is_grad_enabled():
+            keep = ops.recurrences() if self.recompute == "conv" else []
+            return recomputed(self.output, inputs, ragged, keep=keep)
         return self.output(inputs, ragged)
 
     @abstractmethod
@@ -105,16 +109,21 @@ def _rows(chosen: Tensor, T: Tensor) -> Tensor:
     return chosen.view(-1, *[1] * (T.dim() - 1))
 
 
-def recomputed(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+def recomputed(
+    function: Callable[..., Any], x: Tensor, *args: Any, keep: Sequence[OpOverload] = ()
+) -> Any:
     """function(x, *args), of which the backward pass keeps only x: it computes the rest again.
 
-    Random numbers are the same both times, but in a CUDA graph that is being captured: there, no
-    state of a generator can be read.
+    But for what the operators in `keep` have returned. Random numbers are the same both times,
+    except in a CUDA graph that is being captured: there, no state of a generator can be read.
     """
     capturing = (
         not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
     )
-    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=not capturing)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not capturing}
+    if keep:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(keep))
+    return checkpoint(function, x, *args, **options)
 
 
 class GatedMLP(nn.Module):

@@ -54,9 +54,9 @@ class Stack(FusedStep):
     def recompute(self) -> str:
         """What the backward pass computes again, to save memory; can be set.
 
-        "none"; "scan": what lies between a mixer's in_proj and out_proj, which is most of what it
-        would keep and costs little to compute; "block": all but each block's input, which costs
-        one more forward pass.
+        "none"; "conv": what lies between a mixer's in_proj and out_proj but for the recurrence,
+        which costs next to nothing; "scan": the recurrence too, which is then most of what a mixer
+        would keep; "block": all but each block's input, which costs one more forward pass.
 
         Raises:
             ConfigError: it is set to something else.
@@ -69,7 +69,7 @@ class Stack(FusedStep):
             raise ConfigError(f"recompute={value!r} must be one of {', '.join(RECOMPUTE)}")
         self._recompute = value
         for layer in self.layers:
-            layer.mixer.recompute = value == "scan"
+            layer.mixer.recompute = "none" if value == "block" else value
 
     @property
     def gradient_checkpointing(self) -> bool:

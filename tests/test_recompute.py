@@ -67,7 +67,7 @@ def test_same_loss_and_gradients_to_the_bit(name, how):
         model.recompute = level
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
             found[level] = grads(model, tokens, **options)
-    for level in ("scan", "block"):
+    for level in RECOMPUTE[1:]:
         pairs = zip(found[level], found["none"], strict=True)
         assert all(torch.equal(got, want) for got, want in pairs), level
 
@@ -92,14 +92,15 @@ def test_a_level_keeps_less_than_the_one_before(name):
         parameters = {P.untyped_storage().data_ptr() for P in model.parameters()}
         kept.append(sum(size for at, size in sizes.items() if at not in parameters))
         del loss
-    none, scan, block = kept
-    assert block < scan < 0.8 * none
+    none, conv, scan, block = kept
+    assert block < scan <= conv < none
+    assert scan < 0.8 * none
 
 
 def test_what_scan_keeps_of_a_block():
     config = tiny(d_model=16, n_layers=1)
     block = LM(config, V).backbone.layers[0]
-    block.mixer.recompute = True
+    block.mixer.recompute = "scan"
     x = torch.randn(2, 50, 16, requires_grad=True)
     sizes = {}
 
@@ -146,7 +147,7 @@ def test_dropout_of_an_adapter_is_drawn_once():
         torch.manual_seed(3)
         return grads(model, torch.arange(18).view(2, 9))
 
-    for level in ("scan", "block"):
+    for level in RECOMPUTE[1:]:
         pairs = zip(run(level), run("none"), strict=True)
         assert all(torch.equal(got, want) for got, want in pairs)
 
@@ -161,7 +162,7 @@ def test_names():
     assert not model.gradient_checkpointing
     model.gradient_checkpointing = False
     assert model.recompute == "none"
-    with pytest.raises(ConfigError, match="recompute='all' must be one of none, scan, block"):
+    with pytest.raises(ConfigError, match="recompute='all' must be one of none, conv, scan, block"):
         model.recompute = "all"
 
 

@@ -9,7 +9,7 @@ from mambapy.errors import ConfigError
 
 BACKENDS = ("auto", "reference", "pscan", "chunked", "cpu", "official")
 # What the backward pass may compute again, from nothing to all.
-RECOMPUTE = ("none", "scan", "block")
+RECOMPUTE = ("none", "conv", "scan", "block")
 C = TypeVar("C", bound="StackConfig")
 
 

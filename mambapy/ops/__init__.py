@@ -4,6 +4,7 @@ Each op has several backends, named in `dispatch`; `explain` says which one a ca
 """
 
 from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from mambapy.ops.custom_op import recurrences
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.gated_norm import gated_rms_norm
 from mambapy.ops.info import backends_info
@@ -28,6 +29,7 @@ __all__ = [
     "mamba3_scan",
     "mamba3_step",
     "plan_looks_up",
+    "recurrences",
     "refuses_fused_step",
     "rms_norm",
     "selective_scan",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from mambapy.ops.dispatch import is_traced, without_autocast
 
@@ -171,3 +172,11 @@ def differentiable_gradients(
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return grads
+
+
+def recurrences() -> list[OpOverload]:
+    """The operators of the recurrences over time: what costs most of a mixer's own work."""
+    from mambapy.ops import chunked, kernel_ops, ssd_chunked  # noqa: F401 (they define them)
+
+    names = ("selective_scan", "chunked_scan", "ssd_chunked")
+    return [getattr(torch.ops.mambapy, name).default for name in names]
