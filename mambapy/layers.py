@@ -64,6 +64,14 @@ def widen(T: Tensor) -> Tensor:
     return T.to(wide(T.dtype))
 
 
+def _autocast_to(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What autocast makes of a tensor of `dtype` on x's device before a product."""
+    kind = x.device.type
+    if dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return dtype
+    return torch.get_autocast_dtype(kind)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learnable scale, calculated in float32 or wider.
 
@@ -83,8 +91,8 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d) to (..., d), in the weight's dtype."""
-        return ops.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
+        """Map (..., d) to (..., d), in the weight's dtype or what autocast makes of it."""
+        return ops.rms_norm(x, self.weight, self.eps, dtype=_autocast_to(x, self.weight.dtype))
 
 
 class UnscaledRMSNorm(nn.Module):

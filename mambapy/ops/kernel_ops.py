@@ -217,15 +217,17 @@ _call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=
 
 
 @custom_op("mambapy::rms_norm", mutates_args=())
-def _norm(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    y, s = _kernels("norm", x).forward(x, weight, residual, eps)
+def _norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    y, s = _kernels("norm", x).forward(x, weight, residual, eps, dtype)
     return y, x.new_empty(0) if s is None else s
 
 
 @_norm.register_fake
-def _(x, weight, residual, eps):
+def _(x, weight, residual, eps, dtype):
     s = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
-    return x.new_empty(x.shape), s
+    return x.new_empty(x.shape, dtype=dtype), s
 
 
 @custom_op("mambapy::rms_norm_backward", mutates_args=())
@@ -241,7 +243,7 @@ def _(grad_y, grad_s, s, weight, eps):
 
 
 def _norm_setup(ctx, inputs, output):
-    x, weight, residual, ctx.eps = inputs
+    x, weight, residual, ctx.eps, ctx.y_dtype = inputs
     ctx.fused, ctx.dtype = residual is not None, x.dtype
     ctx.save_for_backward(output[1] if ctx.fused else x, weight)
     ctx.set_materialize_grads(False)
@@ -253,16 +255,16 @@ def _norm_gradient(ctx, grad_y, grad_s):
         grad_y = torch.zeros_like(s)
     if torch.is_grad_enabled() and transform() is None and not ctx.fused:
         grads = differentiable_gradients(
-            lambda x, weight: reference.rms_norm(x, weight, ctx.eps),
+            lambda x, weight: reference.rms_norm(x, weight, ctx.eps, ctx.y_dtype),
             (s, weight),
             ctx.needs_input_grad[:2],
             (grad_y,),
         )
-        return (*grads, None, None)
+        return (*grads, None, None, None)
     grad, grad_weight = _call_norm_backward(
         grad_y, grad_s if ctx.fused else None, s, weight, ctx.eps
     )
-    return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None
+    return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None, None
 
 
 _call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
@@ -327,10 +329,15 @@ def causal_conv1d(
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The kernels' `forward` with autograd: y, and x + residual (None without a residual)."""
+    dtype = dtype or x.dtype
     if not (_has_gradient(x, weight, residual) or is_traced()):
-        return _kernels("norm", x).forward(x, weight, residual, eps)
-    y, s = _call_norm(x, weight, residual, eps)
+        return _kernels("norm", x).forward(x, weight, residual, eps, dtype)
+    y, s = _call_norm(x, weight, residual, eps, dtype)
     return y, None if residual is None else s

@@ -1,5 +1,6 @@
 """RMS normalisation: the public op and its backends."""
 
+import torch
 from torch import Tensor
 
 from mambapy.errors import ShapeError
@@ -9,7 +10,12 @@ from mambapy.ops.gpu import backend as gpu
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Root-mean-square norm: y = weight * x / sqrt(mean(x^2) + eps), in float32 or wider.
 
@@ -17,10 +23,11 @@ def rms_norm(
         x: (..., d) input.
         weight: (d) or None.
         eps: added to the mean square, > 0.
+        dtype: of y; x's without it.
         backend: "auto", "cpu" or "reference".
 
     Returns:
-        y, of x's shape and dtype.
+        y, of x's shape.
 
     Raises:
         ShapeError: the weight does not fit x or is elsewhere, or x is not floating point.
@@ -36,7 +43,7 @@ def rms_norm(
         raise ShapeError(f"weight is on {weight.device}, x on {x.device}")
     run = dispatch.pick("rms_norm", BACKENDS, backend, x, weight, eps)
     with dispatch.without_autocast(x):
-        return run(x, weight, eps)
+        return run(x, weight, eps, x.dtype if dtype is None else dtype)
 
 
 BACKENDS = dispatch.register(

@@ -183,8 +183,13 @@ def causal_conv1d_step(
     return y.to(x.dtype), window[:, 1:]
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension, in x's dtype.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension, in x's dtype or another.
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
     """
@@ -192,7 +197,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> Tens
     y = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(y.dtype)
-    return y.to(x.dtype)
+    return y.to(dtype or x.dtype)
 
 
 def gated_rms_norm(

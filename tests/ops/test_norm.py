@@ -30,3 +30,19 @@ def test_bad_arguments():
         ops.rms_norm(torch.zeros(2, 8), torch.zeros(7))
     with pytest.raises(ShapeError, match="floating"):
         ops.rms_norm(torch.zeros(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_y_may_have_another_dtype(backend):
+    args = {"x": torch.randn(5, 40).requires_grad_(), "weight": torch.randn(40).requires_grad_()}
+    exact = {name: T.detach().double().requires_grad_() for name, T in args.items()}
+    y = ops.rms_norm(**args, dtype=torch.bfloat16, backend=backend)
+    assert y.dtype == torch.bfloat16
+    expected = ops.rms_norm(**exact)
+    assert_near(y, expected, 2**-8)
+    grad = torch.randn(5, 40).bfloat16()
+    found = torch.autograd.grad(y, list(args.values()), grad)
+    wanted = torch.autograd.grad(expected, list(exact.values()), grad.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == torch.float32
+        assert_near(got, want, 1e-6)

@@ -70,11 +70,11 @@ def refuses_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5) -> 
     return "it needs a weight" if weight is None else refuses(x)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`ops.rms_norm` in one pass."""
     from mambapy.ops import kernel_ops
 
-    return kernel_ops.rms_norm(x, weight, None, eps)[0]
+    return kernel_ops.rms_norm(x, weight, None, eps, dtype)[0]
 
 
 def refuses_step(x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:

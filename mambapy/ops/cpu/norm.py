@@ -129,7 +129,11 @@ def _rows(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def forward(
-    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """s = x + residual,  y = s / sqrt(mean(s^2) + eps) * weight.
 
@@ -138,13 +142,13 @@ def forward(
         residual: (..., d) or None for s = x.
 
     Returns:
-        y in the dtype of x, and s in the dtype of `residual` (None without one).
+        y in `dtype` (None: x's), and s in the dtype of `residual` (None without one).
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
     """
     F = torch.float64 if x.dtype == torch.float64 else arithmetic(x.dtype)
     d = x.shape[-1]
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype)
     s = None if residual is None else torch.empty(x.shape, dtype=residual.dtype)
     tensors = [
         _rows(x, F),

@@ -93,11 +93,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     return kernel_ops.causal_conv1d(x, weight, bias, **options)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`ops.rms_norm` in one pass."""
     from mambapy.ops import kernel_ops
 
-    return kernel_ops.rms_norm(x, weight, None, eps)[0]
+    return kernel_ops.rms_norm(x, weight, None, eps, dtype)[0]
 
 
 def refuses_plan(x: Tensor, dtype: torch.dtype) -> str | None:

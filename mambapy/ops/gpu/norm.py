@@ -93,7 +93,11 @@ def _rows(T: Tensor | None) -> tuple[Tensor, int] | None:
 
 
 def forward(
-    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """s = x + residual,  y = s / sqrt(mean(s^2) + eps) * weight.
 
@@ -102,13 +106,13 @@ def forward(
         residual: (..., d) or None for s = x.
 
     Returns:
-        y in the dtype of x, and s in the dtype of `residual` (None without one).
+        y in `dtype` (None: x's), and s in the dtype of `residual` (None without one).
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
     """
     d = x.shape[-1]
     rows = x.numel() // d
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
     s = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     sizes = tile(rows, d)
     tensors = [_rows(x), _rows(residual), weight.detach().contiguous(), _rows(y), _rows(s)]

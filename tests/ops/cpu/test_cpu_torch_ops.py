@@ -102,4 +102,4 @@ def test_opcheck(op):
         args = (v["x"], torch.randn(24, 4, requires_grad=True), v["D"], None, None, True)
         torch.library.opcheck(ops.causal_conv1d.default, args)
     else:
-        torch.library.opcheck(ops.rms_norm.default, (v["x"], v["D"], v["z"], 1e-5))
+        torch.library.opcheck(ops.rms_norm.default, (v["x"], v["D"], v["z"], 1e-5, torch.bfloat16))
