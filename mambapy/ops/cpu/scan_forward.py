@@ -22,7 +22,7 @@ from mambapy.ops.cpu.rows import (
     stage,
     unstage,
 )
-from mambapy.ops.cpu.simd import LANES, fma, inline, inner, splat, zeros
+from mambapy.ops.cpu.simd import LANES, fma, inline, inner, like, splat, zeros
 
 WIDTH = 128
 GROUPS = WIDTH // LANES
@@ -42,37 +42,57 @@ def whole_vectors(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
+# What a step of LANES channels has at hand: dt; dt x; the sum over states that y is.
+STEP, DRIVE, OUT = range(0, 3 * LANES, LANES)
+RECORD = 3 * LANES
+# From one state to the next: rate, state.
+PITCH = 2 * LANES
+
+
 def forward_floats(states: int) -> int:
     """Numbers of scratch that a worker needs."""
-    return LANES + WIDTH * (2 * states + 2 + 3 * TILE) + 3 * PAD + 2 * TILE * whole_vectors(states)
+    return (
+        LANES
+        + WIDTH * (2 * even(states) + 2)
+        + TILE * (RECORD + 2 * LANES + 1)
+        + 2 * TILE * whole_vectors(states)
+        + LANES
+    )
+
+
+def even(states: int) -> int:
+    """Room for states in pairs: kernels take two at a time."""
+    return states + states % 2
 
 
 @inner
 def load_rates(args, first, count, states, base, offset, pitch, F):
-    """Stage A * log2(e) of `count` channels as (group, states, LANES), states `pitch` apart; 0
+    """Stage A * log2(e) of `count` channels as (group, even states, LANES), states `pitch` apart; 0
     where missing."""
     buffer, rates = pointer(base, F), pointer(place(args, A, 0, 0, 0), F)
+    paired = states + states % 2
     for i in range(-(-count // LANES) * LANES):
-        at = offset + (i // LANES) * states * pitch + i % LANES
-        for n in range(states):
+        at = offset + (i // LANES) * paired * pitch + i % LANES
+        for n in range(paired):
             value = F(0)
-            if i < count:
+            if i < count and n < states:
                 value = rates[(first + i) * states + n] * F(LOG2E)
             buffer[at + n * pitch] = value
 
 
 @inner
 def load_state(args, which, batch, first, count, channels, states, base, offset, pitch, F):
-    """Stage `count` channels of a (b, e, n) tensor as (group, states, LANES), states `pitch` apart;
-    or zeros."""
+    """Stage `count` channels of a (b, e, n) tensor as (group, even states, LANES), states `pitch`
+    apart; or zeros."""
     buffer = pointer(base, F)
-    for i in range(-(-count // LANES) * states):
+    paired = states + states % 2
+    for i in range(-(-count // LANES) * paired):
         store(buffer, offset + i * pitch, zeros(F))
     if not given(args, which):
         return
     source = pointer(place(args, which, 0, 0, 0), F)
     for i in range(count):
-        at = offset + (i // LANES) * states * pitch + i % LANES
+        at = offset + (i // LANES) * paired * pitch + i % LANES
         row = ((batch * channels) + first + i) * states
         for n in range(states):
             buffer[at + n * pitch] = source[row + n]
@@ -85,8 +105,9 @@ def save_state(args, which, batch, first, count, channels, states, base, offset,
     if not given(args, which):
         return
     buffer, target = pointer(base, F), pointer(place(args, which, 0, 0, 0), F)
+    paired = states + states % 2
     for i in range(count):
-        at = offset + (i // LANES) * states * pitch + i % LANES
+        at = offset + (i // LANES) * paired * pitch + i % LANES
         row = ((batch * channels) + first + i) * states
         for n in range(states):
             target[row + n] = buffer[at + n * pitch]
@@ -102,6 +123,52 @@ def starts_document(args, batch, step):
     return now[0] != before[0]
 
 
+@inline
+def read_cuts(args, batch, start, rows, w, cuts, F):
+    """What is added to the exponent of each step's decay: so little that it is 0 where a document
+    starts."""
+    for t in range(rows):
+        w[cuts + t] = F(-1e30) if starts_document(args, batch, start + t) else F(0)
+
+
+@inline
+def prepare(args, w, steps, rows, shift, through):
+    """Fill the records of LANES channels, whose dt and x (in DRIVE) have been staged."""
+    soft = args[SOFTPLUS] != 0
+    for at in range(steps, steps + rows * RECORD, RECORD):
+        dt, x = load(w, at + STEP) + shift, load(w, at + DRIVE)
+        if soft:
+            dt = softplus(dt)
+        store(w, at + STEP, dt)
+        store(w, at + DRIVE, dt * x)
+        store(w, at + OUT, through * x)
+
+
+@inline
+def advance(w, steps, rows, rate, b_column, c_column, columns, cuts, decays):
+    """Take two states, which stand behind their rates, through the steps, and add them to y."""
+    a0, a1 = load(w, rate), load(w, rate + PITCH)
+    # Decays first: they do not wait for each other as states do.
+    for t in range(rows):
+        dt, cut = load(w, steps + t * RECORD + STEP), splat(w[cuts + t])
+        store(w, decays + t * 2 * LANES, exp2(fma(dt, a0, cut)))
+        store(w, decays + t * 2 * LANES + LANES, exp2(fma(dt, a1, cut)))
+    state = rate + LANES
+    h0, h1 = load(w, state), load(w, state + PITCH)
+    for t in range(rows):
+        at, i = steps + t * RECORD, decays + t * 2 * LANES
+        b, c = b_column + t * columns, c_column + t * columns
+        dx = load(w, at + DRIVE)
+        if w[cuts + t] != 0:
+            h0, h1 = like(dx, 0.0), like(dx, 0.0)
+        h0 = fma(load(w, i), h0, dx * splat(w[b]))
+        h1 = fma(load(w, i + LANES), h1, dx * splat(w[b + 1]))
+        y = fma(h0, splat(w[c]), load(w, at + OUT))
+        store(w, at + OUT, fma(h1, splat(w[c + 1]), y))
+    store(w, state, h0)
+    store(w, state + PITCH, h1)
+
+
 def build_forward(F, size, stamp):
     """The kernel in the arithmetic of `F`; `stamp` keys the cache on disk."""
 
@@ -112,19 +179,20 @@ def build_forward(F, size, stamp):
         blocks = (channels + args[BLOCK] - 1) // args[BLOCK]
         all_groups = (channels + LANES - 1) // LANES
         columns = (states + LANES - 1) // LANES * LANES
+        # States go in pairs; where their number is odd, the last is 0 and stays 0.
+        paired = states + states % 2
 
         base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
         w = pointer(base, F)
         rate = LANES
         state = rate + LANES
-        pitch = 2 * LANES
-        bias = rate + 2 * WIDTH * states
+        bias = rate + 2 * WIDTH * paired
         skip = bias + WIDTH
-        step_size = skip + WIDTH
-        xs = step_size + TILE * WIDTH + PAD
-        ys = xs + TILE * WIDTH + PAD
-        b_rows = ys + TILE * WIDTH + PAD
+        steps = skip + WIDTH
+        decays = steps + TILE * RECORD
+        b_rows = decays + TILE * 2 * LANES
         c_rows = b_rows + TILE * columns
+        cuts = c_rows + TILE * columns
 
         while True:
             task = fetch_add(args, NEXT_TASK)
@@ -133,8 +201,8 @@ def build_forward(F, size, stamp):
             batch, first = task // blocks, (task % blocks) * args[BLOCK]
             count = min(args[BLOCK], channels - first)
             groups = (count + LANES - 1) // LANES
-            load_rates(args, first, count, states, base, rate, pitch, F)
-            load_state(args, STATE, batch, first, count, channels, states, base, state, pitch, F)
+            load_rates(args, first, count, states, base, rate, PITCH, F)
+            load_state(args, STATE, batch, first, count, channels, states, base, state, PITCH, F)
             for j in range(2 * GROUPS):
                 store(w, bias + j * LANES, zeros(F))
             if given(args, BIAS):
@@ -144,50 +212,41 @@ def build_forward(F, size, stamp):
 
             for start in range(0, length, TILE):
                 rows = min(TILE, length - start)
-                if start % CHUNK == 0 and start > 0 and given(args, STARTS):
-                    at = (start // CHUNK - 1) * all_groups + first // LANES
-                    saved = pointer(place(args, STARTS, batch, 0, 0), F)
-                    for i in range(groups * states):
-                        value = load(w, state + i * pitch)
-                        store(saved, (at * states + i) * LANES, value)
-
-                stage(args, X, batch, start, rows, first, count, base, xs, WIDTH, F)
-                stage(args, DT, batch, start, rows, first, count, base, step_size, WIDTH, F)
+                saves = start % CHUNK == 0 and start > 0 and given(args, STARTS)
                 stage(args, B, batch, start, rows, 0, states, base, b_rows, columns, F)
                 stage(args, C, batch, start, rows, 0, states, base, c_rows, columns, F)
+                read_cuts(args, batch, start, rows, w, cuts, F)
                 for j in range(groups):
-                    shift, through = load(w, bias + j * LANES), load(w, skip + j * LANES)
-                    for at in range(j * LANES, rows * WIDTH, WIDTH):
-                        dt = load(w, step_size + at) + shift
-                        if soft:
-                            dt = softplus(dt)
-                        x = load(w, xs + at)
-                        store(w, step_size + at, dt)
-                        store(w, xs + at, dt * x)
-                        store(w, ys + at, through * x)
-
-                for j in range(groups):
-                    for t in range(rows):
-                        at = t * WIDTH + j * LANES
-                        dt, dx, y = load(w, step_size + at), load(w, xs + at), load(w, ys + at)
-                        if starts_document(args, batch, start + t):
-                            for n in range(states):
-                                store(w, state + (j * states + n) * pitch, zeros(F))
+                    here, column = j * paired * PITCH, first + j * LANES
+                    left = min(LANES, count - j * LANES)
+                    if saves:
+                        at = (start // CHUNK - 1) * all_groups + column // LANES
+                        saved = pointer(place(args, STARTS, batch, 0, 0), F)
                         for n in range(states):
-                            i = (j * states + n) * pitch
-                            decay = exp2(dt * load(w, rate + i))
-                            dh = dx * splat(w[b_rows + t * columns + n])
-                            h = fma(decay, load(w, state + i), dh)
-                            store(w, state + i, h)
-                            y = fma(h, splat(w[c_rows + t * columns + n]), y)
-                        store(w, ys + at, y)
-
-                if given(args, Z):
-                    stage(args, Z, batch, start, rows, first, count, base, xs, WIDTH, F)
-                    for t in range(rows):
-                        for at in range(t * WIDTH, t * WIDTH + groups * LANES, LANES):
-                            store(w, ys + at, load(w, ys + at) * silu(load(w, xs + at)))
-                unstage(args, Y, batch, start, rows, first, count, base, ys, WIDTH, F)
-            save_state(args, LAST, batch, first, count, channels, states, base, state, pitch, F)
+                            value = load(w, state + here + n * PITCH)
+                            store(saved, (at * states + n) * LANES, value)
+                    for which, into in ((DT, STEP), (X, DRIVE)):
+                        stage(
+                            args, which, batch, start, rows, column, left, base, steps + into,
+                            RECORD, F,
+                        )  # fmt: skip
+                    shift, through = load(w, bias + j * LANES), load(w, skip + j * LANES)
+                    prepare(args, w, steps, rows, shift, through)
+                    for n in range(0, states, 2):
+                        advance(
+                            w, steps, rows, rate + here + n * PITCH, b_rows + n, c_rows + n,
+                            columns, cuts, decays,
+                        )  # fmt: skip
+                    if given(args, Z):
+                        stage(
+                            args, Z, batch, start, rows, column, left, base, steps + DRIVE,
+                            RECORD, F,
+                        )  # fmt: skip
+                        for at in range(steps, steps + rows * RECORD, RECORD):
+                            store(w, at + OUT, load(w, at + OUT) * silu(load(w, at + DRIVE)))
+                    unstage(
+                        args, Y, batch, start, rows, column, left, base, steps + OUT, RECORD, F
+                    )  # fmt: skip
+            save_state(args, LAST, batch, first, count, channels, states, base, state, PITCH, F)
 
     return selective_scan_forward
