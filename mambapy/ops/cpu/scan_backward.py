@@ -12,8 +12,17 @@ to the first. The sums over channels (B, C) leave one part for each block, those
 dt_bias) one for each row; the caller adds the parts.
 """
 
-from mambapy.ops.cpu.exp import LN2, exp2, silu_and_slope, softplus_and_slope
-from mambapy.ops.cpu.memory import accumulate, fetch_add, load, pointer, store, total
+from mambapy.ops.cpu.exp import LN2, silu_and_slope, softplus_and_slope
+from mambapy.ops.cpu.memory import (
+    accumulate,
+    fetch_add,
+    lanes_total,
+    load,
+    load_narrow,
+    pointer,
+    store,
+    total,
+)
 from mambapy.ops.cpu.rows import (
     NEXT_TASK,
     SCRATCH,
@@ -32,11 +41,23 @@ from mambapy.ops.cpu.scan_forward import (
     even,
     load_rates,
     load_state,
+    longest_steps,
     read_cuts,
     save_state,
+    take_decays,
     whole_vectors,
 )
-from mambapy.ops.cpu.simd import FOLDED, LANES, fma, inline, like, splat, zeros
+from mambapy.ops.cpu.simd import (
+    FOLDED,
+    HALF,
+    LANES,
+    fma,
+    inline,
+    largest,
+    like,
+    where_greater,
+    zeros,
+)
 
 BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, STARTS, GRAD_Y, GRAD_LAST = range(13)
@@ -49,8 +70,8 @@ STEPWISE = (X, DT, B, C, Z, SEQ, GRAD_Y, GRAD_X, GRAD_DT, GRAD_B, GRAD_C, GRAD_Z
 # states; x; dt's slope; what silu(z) is to z, times grad_y.
 STEP, DRIVE, GRAD, INTO_DT, INTO_X, OUT, INPUT, SLOPE, GATE = range(0, 9 * LANES, LANES)
 RECORD = 9 * LANES
-# Decays and u of two states.
-KEPT = 4 * LANES
+# Decays and u of two states of HALF channels.
+KEPT = 4 * HALF
 # From one state to the next: rate, adjoint, gradient of A, state.
 PITCH = 4 * LANES
 
@@ -68,9 +89,13 @@ def backward_floats(states: int) -> int:
 
 
 @inline
-def prepare(args, w, steps, rows, shift, through, F):
-    """Fill the records of LANES channels, whose x, dt, grad_y and z have been staged."""
+def prepare(args, w, steps, rows, shift, through, longest, F):
+    """Fill the records of LANES channels, whose x, dt, grad_y and z have been staged.
+
+    Returns whether |dt| < `longest` throughout.
+    """
     soft, gated = args[SOFTPLUS] != 0, given(args, Z)
+    longer = zeros(F)
     for at in range(steps, steps + rows * RECORD, RECORD):
         dt, x, grad = load(w, at + STEP) + shift, load(w, at + INPUT), load(w, at + GRAD)
         slope = like(dt, 1.0)
@@ -80,59 +105,59 @@ def prepare(args, w, steps, rows, shift, through, F):
             out, gate_slope = silu_and_slope(load(w, at + GATE))
             store(w, at + GATE, grad * gate_slope)
             store(w, at + GRAD, grad * out)
+        longer = where_greater(longest, largest(dt, like(dt, 0.0) - dt), longer, like(dt, 1.0))
         store(w, at + STEP, dt)
         store(w, at + SLOPE, slope)
         store(w, at + DRIVE, dt * x)
         store(w, at + OUT, through * x)
         store(w, at + INTO_DT, zeros(F))
         store(w, at + INTO_X, zeros(F))
+    return lanes_total(longer) == 0
 
 
 @inline
-def replay(w, steps, rows, rate, state, b_column, columns, cuts, kept):
-    """Keep the decay and u_t of two states for each step; the second stands PITCH behind."""
-    a0, a1 = load(w, rate), load(w, rate + PITCH)
-    # Decays first: they do not wait for each other as states do.
+def replay(w, steps, rows, rate, state, b_column, columns, cuts, kept, within):
+    """Keep the decay and u_t of two states of HALF channels for each step."""
+    a0, a1 = load_narrow(w, rate), load_narrow(w, rate + PITCH)
+    take_decays(w, steps + STEP, RECORD, rows, a0, a1, cuts, kept, KEPT, within)
+    h0, h1 = load_narrow(w, state), load_narrow(w, state + PITCH)
     for t in range(rows):
-        dt, cut, i = load(w, steps + t * RECORD + STEP), splat(w[cuts + t]), kept + t * KEPT
-        store(w, i, exp2(fma(dt, a0, cut)))
-        store(w, i + LANES, exp2(fma(dt, a1, cut)))
-    h0, h1 = load(w, state), load(w, state + PITCH)
-    for t in range(rows):
-        dx, b, i = load(w, steps + t * RECORD + DRIVE), b_column + t * columns, kept + t * KEPT
+        b, i = b_column + t * columns, kept + t * KEPT
+        dx = load_narrow(w, steps + t * RECORD + DRIVE)
         if w[cuts + t] != 0:
             h0, h1 = like(dx, 0.0), like(dx, 0.0)
-        u0, u1 = load(w, i) * h0, load(w, i + LANES) * h1
-        store(w, i + 2 * LANES, u0)
-        store(w, i + 3 * LANES, u1)
-        h0, h1 = fma(dx, splat(w[b]), u0), fma(dx, splat(w[b + 1]), u1)
+        u0, u1 = load_narrow(w, i) * h0, load_narrow(w, i + HALF) * h1
+        store(w, i + 2 * HALF, u0)
+        store(w, i + 3 * HALF, u1)
+        h0, h1 = fma(dx, like(dx, w[b]), u0), fma(dx, like(dx, w[b + 1]), u1)
 
 
 @inline
 def adjoin(w, steps, rows, rate, adjoint, grad_a, b_column, c_column, columns, kept, sums):
-    """Take the adjoints of two states from the last step to the first, and add to every sum."""
-    a0, a1 = load(w, rate), load(w, rate + PITCH)
-    adjoint0, adjoint1 = load(w, adjoint), load(w, adjoint + PITCH)
-    grad_a0, grad_a1 = load(w, grad_a), load(w, grad_a + PITCH)
+    """Take the adjoints of two states of HALF channels from the last step to the first, and add to
+    every sum."""
+    a0, a1 = load_narrow(w, rate), load_narrow(w, rate + PITCH)
+    adjoint0, adjoint1 = load_narrow(w, adjoint), load_narrow(w, adjoint + PITCH)
+    grad_a0, grad_a1 = load_narrow(w, grad_a), load_narrow(w, grad_a + PITCH)
     for t in range(rows - 1, -1, -1):
         at, i, sum_c = steps + t * RECORD, kept + t * KEPT, sums + t * 4 * FOLDED
         sum_b = sum_c + 2 * FOLDED
         b, c = b_column + t * columns, c_column + t * columns
-        b0, b1, c0, c1 = splat(w[b]), splat(w[b + 1]), splat(w[c]), splat(w[c + 1])
-        dx, grad = load(w, at + DRIVE), load(w, at + GRAD)
+        dx, grad = load_narrow(w, at + DRIVE), load_narrow(w, at + GRAD)
+        b0, b1, c0, c1 = like(dx, w[b]), like(dx, w[b + 1]), like(dx, w[c]), like(dx, w[c + 1])
         g0, g1 = fma(grad, c0, adjoint0), fma(grad, c1, adjoint1)
-        store(w, at + INTO_X, fma(g1, b1, fma(g0, b0, load(w, at + INTO_X))))
+        store(w, at + INTO_X, fma(g1, b1, fma(g0, b0, load_narrow(w, at + INTO_X))))
         accumulate(w, sum_b, g0, dx)
         accumulate(w, sum_b + FOLDED, g1, dx)
-        adjoint0, adjoint1 = g0 * load(w, i), g1 * load(w, i + LANES)
-        u0, u1 = load(w, i + 2 * LANES), load(w, i + 3 * LANES)
+        adjoint0, adjoint1 = g0 * load_narrow(w, i), g1 * load_narrow(w, i + HALF)
+        u0, u1 = load_narrow(w, i + 2 * HALF), load_narrow(w, i + 3 * HALF)
         h0, h1 = fma(dx, b0, u0), fma(dx, b1, u1)
-        store(w, at + OUT, fma(c1, h1, fma(c0, h0, load(w, at + OUT))))
+        store(w, at + OUT, fma(c1, h1, fma(c0, h0, load_narrow(w, at + OUT))))
         accumulate(w, sum_c, grad, h0)
         accumulate(w, sum_c + FOLDED, grad, h1)
         gu0, gu1 = g0 * u0, g1 * u1
-        store(w, at + INTO_DT, fma(gu1, a1, fma(gu0, a0, load(w, at + INTO_DT))))
-        dt = load(w, at + STEP)
+        store(w, at + INTO_DT, fma(gu1, a1, fma(gu0, a0, load_narrow(w, at + INTO_DT))))
+        dt = load_narrow(w, at + STEP)
         grad_a0, grad_a1 = fma(gu0, dt, grad_a0), fma(gu1, dt, grad_a1)
     store(w, adjoint, adjoint0)
     store(w, adjoint + PITCH, adjoint1)
@@ -218,7 +243,7 @@ def build_backward(F, size, stamp):
                 rows = min(CHUNK, length - start)
                 stage(args, B, batch, start, rows, 0, states, base, b_rows, columns, F)
                 stage(args, C, batch, start, rows, 0, states, base, c_rows, columns, F)
-                read_cuts(args, batch, start, rows, w, cuts, F)
+                whole = read_cuts(args, batch, start, rows, w, cuts, F)
                 for i in range(sums, sums + 2 * CHUNK * paired * FOLDED, LANES):
                     store(w, i, zeros(F))
 
@@ -243,16 +268,23 @@ def build_backward(F, size, stamp):
                                 RECORD, F,
                             )  # fmt: skip
                     through = load(w, skip + j * LANES)
-                    prepare(args, w, steps, rows, load(w, bias + j * LANES), through, F)
-                    for n in range(0, states, 2):
-                        k = here + n * PITCH
-                        replay(
-                            w, steps, rows, rate + k, state + k, b_rows + n, columns, cuts, kept
-                        )  # fmt: skip
-                        adjoin(
-                            w, steps, rows, rate + k, adjoint + k, grad_a + k, b_rows + n,
-                            c_rows + n, columns, kept, sums + 2 * n * CHUNK * FOLDED,
-                        )  # fmt: skip
+                    longest = longest_steps(w, rate + here, states, PITCH, F)
+                    shift = load(w, bias + j * LANES)
+                    within = (
+                        prepare(args, w, steps, rows, shift, through, longest, F) and whole
+                    )
+                    for half in (0, HALF):
+                        for n in range(0, states, 2):
+                            k = here + n * PITCH + half
+                            replay(
+                                w, steps + half, rows, rate + k, state + k, b_rows + n, columns,
+                                cuts, kept, within,
+                            )  # fmt: skip
+                            adjoin(
+                                w, steps + half, rows, rate + k, adjoint + k, grad_a + k,
+                                b_rows + n, c_rows + n, columns, kept,
+                                sums + 2 * n * CHUNK * FOLDED + half // 2,
+                            )  # fmt: skip
                     sum_d, sum_bias = conclude(
                         w, steps, rows, through,
                         load(w, grad_d + j * LANES), load(w, grad_bias + j * LANES),

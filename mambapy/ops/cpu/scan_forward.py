@@ -9,8 +9,8 @@ Buffers that are read and written together are interleaved, or apart by PAD: a l
 earlier store whose address differs by a multiple of 4096 bytes, which cost 10 to 24 % of the time.
 """
 
-from mambapy.ops.cpu.exp import LOG2E, exp2, silu, softplus
-from mambapy.ops.cpu.memory import fetch_add, load, pointer, store
+from mambapy.ops.cpu.exp import LOG2E, exp2, exp2_within, silu, softplus
+from mambapy.ops.cpu.memory import fetch_add, lanes_total, load, load_narrow, pointer, store
 from mambapy.ops.cpu.rows import (
     NEXT_TASK,
     SCRATCH,
@@ -22,7 +22,17 @@ from mambapy.ops.cpu.rows import (
     stage,
     unstage,
 )
-from mambapy.ops.cpu.simd import LANES, fma, inline, inner, like, splat, zeros
+from mambapy.ops.cpu.simd import (
+    HALF,
+    LANES,
+    fma,
+    inline,
+    inner,
+    largest,
+    like,
+    where_greater,
+    zeros,
+)
 
 WIDTH = 128
 GROUPS = WIDTH // LANES
@@ -54,7 +64,7 @@ def forward_floats(states: int) -> int:
     return (
         LANES
         + WIDTH * (2 * even(states) + 2)
-        + TILE * (RECORD + 2 * LANES + 1)
+        + TILE * (RECORD + 2 * HALF + 1)
         + 2 * TILE * whole_vectors(states)
         + LANES
     )
@@ -123,48 +133,90 @@ def starts_document(args, batch, step):
     return now[0] != before[0]
 
 
+# No decay is less than 2^-LIMIT in a tile of `within` steps.
+LIMIT = 126.0
+
+
+@inline
+def longest_steps(w, rate, states, pitch, F):
+    """The |dt| of each of LANES channels from which on some state's decay needs clamps."""
+    most = zeros(F)
+    for n in range(states):
+        a = load(w, rate + n * pitch)
+        most = largest(most, largest(a, like(a, 0.0) - a))
+    return like(most, LIMIT) / most
+
+
 @inline
 def read_cuts(args, batch, start, rows, w, cuts, F):
     """What is added to the exponent of each step's decay: so little that it is 0 where a document
-    starts."""
+    starts. Returns whether none does."""
+    whole = True
     for t in range(rows):
-        w[cuts + t] = F(-1e30) if starts_document(args, batch, start + t) else F(0)
+        w[cuts + t] = F(0)
+        if starts_document(args, batch, start + t):
+            w[cuts + t] = F(-1e30)
+            whole = False
+    return whole
 
 
 @inline
-def prepare(args, w, steps, rows, shift, through):
-    """Fill the records of LANES channels, whose dt and x (in DRIVE) have been staged."""
+def take_decays(w, steps, record, rows, a0, a1, cuts, decays, pitch, within):
+    """The decays of two states of HALF channels: `pitch` from one step to the next.
+
+    They come before the recurrence, as they do not wait for each other. Most tiles are `within`
+    the range that needs no clamps, which are a seventh of the work.
+    """
+    if within:
+        for t in range(rows):
+            dt, i = load_narrow(w, steps + t * record), decays + t * pitch
+            store(w, i, exp2_within(dt * a0))
+            store(w, i + HALF, exp2_within(dt * a1))
+    else:
+        for t in range(rows):
+            dt, i = load_narrow(w, steps + t * record), decays + t * pitch
+            cut = like(dt, w[cuts + t])
+            store(w, i, exp2(fma(dt, a0, cut)))
+            store(w, i + HALF, exp2(fma(dt, a1, cut)))
+
+
+@inline
+def prepare(args, w, steps, rows, shift, through, longest):
+    """Fill the records of LANES channels, whose dt and x (in DRIVE) have been staged.
+
+    Returns whether |dt| < `longest` throughout.
+    """
     soft = args[SOFTPLUS] != 0
+    longer = like(shift, 0.0)
     for at in range(steps, steps + rows * RECORD, RECORD):
         dt, x = load(w, at + STEP) + shift, load(w, at + DRIVE)
         if soft:
             dt = softplus(dt)
+        longer = where_greater(longest, largest(dt, like(dt, 0.0) - dt), longer, like(dt, 1.0))
         store(w, at + STEP, dt)
         store(w, at + DRIVE, dt * x)
         store(w, at + OUT, through * x)
+    return lanes_total(longer) == 0
 
 
 @inline
-def advance(w, steps, rows, rate, b_column, c_column, columns, cuts, decays):
-    """Take two states, which stand behind their rates, through the steps, and add them to y."""
-    a0, a1 = load(w, rate), load(w, rate + PITCH)
-    # Decays first: they do not wait for each other as states do.
-    for t in range(rows):
-        dt, cut = load(w, steps + t * RECORD + STEP), splat(w[cuts + t])
-        store(w, decays + t * 2 * LANES, exp2(fma(dt, a0, cut)))
-        store(w, decays + t * 2 * LANES + LANES, exp2(fma(dt, a1, cut)))
+def advance(w, steps, rows, rate, b_column, c_column, columns, cuts, decays, within):
+    """Take two states of HALF channels, which stand behind their rates, through the steps, and add
+    them to y."""
+    a0, a1 = load_narrow(w, rate), load_narrow(w, rate + PITCH)
+    take_decays(w, steps + STEP, RECORD, rows, a0, a1, cuts, decays, 2 * HALF, within)
     state = rate + LANES
-    h0, h1 = load(w, state), load(w, state + PITCH)
+    h0, h1 = load_narrow(w, state), load_narrow(w, state + PITCH)
     for t in range(rows):
-        at, i = steps + t * RECORD, decays + t * 2 * LANES
+        at, i = steps + t * RECORD, decays + t * 2 * HALF
         b, c = b_column + t * columns, c_column + t * columns
-        dx = load(w, at + DRIVE)
+        dx = load_narrow(w, at + DRIVE)
         if w[cuts + t] != 0:
             h0, h1 = like(dx, 0.0), like(dx, 0.0)
-        h0 = fma(load(w, i), h0, dx * splat(w[b]))
-        h1 = fma(load(w, i + LANES), h1, dx * splat(w[b + 1]))
-        y = fma(h0, splat(w[c]), load(w, at + OUT))
-        store(w, at + OUT, fma(h1, splat(w[c + 1]), y))
+        h0 = fma(load_narrow(w, i), h0, dx * like(dx, w[b]))
+        h1 = fma(load_narrow(w, i + HALF), h1, dx * like(dx, w[b + 1]))
+        y = fma(h0, like(dx, w[c]), load_narrow(w, at + OUT))
+        store(w, at + OUT, fma(h1, like(dx, w[c + 1]), y))
     store(w, state, h0)
     store(w, state + PITCH, h1)
 
@@ -190,7 +242,7 @@ def build_forward(F, size, stamp):
         skip = bias + WIDTH
         steps = skip + WIDTH
         decays = steps + TILE * RECORD
-        b_rows = decays + TILE * 2 * LANES
+        b_rows = decays + TILE * 2 * HALF
         c_rows = b_rows + TILE * columns
         cuts = c_rows + TILE * columns
 
@@ -215,7 +267,7 @@ def build_forward(F, size, stamp):
                 saves = start % CHUNK == 0 and start > 0 and given(args, STARTS)
                 stage(args, B, batch, start, rows, 0, states, base, b_rows, columns, F)
                 stage(args, C, batch, start, rows, 0, states, base, c_rows, columns, F)
-                read_cuts(args, batch, start, rows, w, cuts, F)
+                whole = read_cuts(args, batch, start, rows, w, cuts, F)
                 for j in range(groups):
                     here, column = j * paired * PITCH, first + j * LANES
                     left = min(LANES, count - j * LANES)
@@ -231,12 +283,14 @@ def build_forward(F, size, stamp):
                             RECORD, F,
                         )  # fmt: skip
                     shift, through = load(w, bias + j * LANES), load(w, skip + j * LANES)
-                    prepare(args, w, steps, rows, shift, through)
-                    for n in range(0, states, 2):
-                        advance(
-                            w, steps, rows, rate + here + n * PITCH, b_rows + n, c_rows + n,
-                            columns, cuts, decays,
-                        )  # fmt: skip
+                    longest = longest_steps(w, rate + here, states, PITCH, F)
+                    within = prepare(args, w, steps, rows, shift, through, longest) and whole
+                    for half in (0, HALF):
+                        for n in range(0, states, 2):
+                            advance(
+                                w, steps + half, rows, rate + here + n * PITCH + half, b_rows + n,
+                                c_rows + n, columns, cuts, decays, within,
+                            )  # fmt: skip
                     if given(args, Z):
                         stage(
                             args, Z, batch, start, rows, column, left, base, steps + DRIVE,
