@@ -1,15 +1,19 @@
 """The backward kernel of the selective scan: states again from the saved ones, then the adjoint
 recurrence.
 
-With u_t = exp(dt_t A) h_{t-1}, so that h_t = u_t + dt_t B_t x_t, and g_t the gradient of h_t:
-    g_t = C_t gy_t + exp(dt_{t+1} A) g_{t+1}        (gy: gradient of C h + D x, that is grad_y *
-    silu(z)) grad C_t = sum_e gy_t h_t        grad B_t = sum_e g_t dt_t x_t        grad A = sum_t
-    g_t u_t dt_t grad dt_t = sum_n g_t (u_t A + B_t x_t)        grad x_t = D gy_t + dt_t sum_n g_t
-    B_t
-So only u_t and the decay of one chunk and LANES channels are kept; where a document starts both are
-0, and nothing flows across. A task is one batch row and one block of channels, from the last chunk
-to the first. The sums over channels (B, C) leave one part for each block, those over batch (A, D,
-dt_bias) one for each row; the caller adds the parts.
+With u_t = exp(dt_t A) h_{t-1}, so that h_t = u_t + dt_t B_t x_t, g_t the gradient of h_t, and gy
+that of C h + D x, which is grad_y * silu(z):
+
+    g_t = C_t gy_t + exp(dt_{t+1} A) g_{t+1}
+    grad C_t = sum_e gy_t h_t           grad B_t = sum_e g_t dt_t x_t
+    grad A = sum_t g_t u_t dt_t         grad dt_t = sum_n g_t (u_t A + B_t x_t)
+    grad x_t = D gy_t + dt_t sum_n g_t B_t
+
+Only u_t and the decays of one chunk, two states and HALF channels are kept; where a document starts
+both are 0, and nothing flows across. Within a chunk adjoints stay in registers. A task is one batch
+row and one block of channels, from the last chunk to the first. The sums over channels (B, C) leave
+one part for each block, those over batch (A, D, dt_bias) one for each row; the caller adds the
+parts.
 """
 
 from mambapy.ops.cpu.exp import LN2, silu_and_slope, softplus_and_slope
@@ -270,9 +274,7 @@ def build_backward(F, size, stamp):
                     through = load(w, skip + j * LANES)
                     longest = longest_steps(w, rate + here, states, PITCH, F)
                     shift = load(w, bias + j * LANES)
-                    within = (
-                        prepare(args, w, steps, rows, shift, through, longest, F) and whole
-                    )
+                    within = prepare(args, w, steps, rows, shift, through, longest, F) and whole
                     for half in (0, HALF):
                         for n in range(0, states, 2):
                             k = here + n * PITCH + half
