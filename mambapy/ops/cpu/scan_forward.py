@@ -1,17 +1,16 @@
 """The forward kernel of the selective scan.
 
-A task is one batch row and one block of up to WIDTH channels, from the first step to the last; TILE
-steps of LANES channels are staged at a time, as one record for each step. Two states of HALF
-channels then go through these steps together: they stay in registers, and only the sum over states
-is in memory. Their decays, most of the work, are taken before, since they do not wait for each
-other. A step and state costs 14 operations on whole vectors, 11 of them for the decay.
+A task is one batch row and one block of up to WIDTH channels, from the first step to the last. Its
+states stay in L1 as (group, states, LANES) for groups of LANES channels; steps are staged TILE at a
+time. The inner loop has 16 operations on whole vectors per step, channel group and state, 13 of
+them for the decay.
 
-What is read and written together lies side by side: a load waits for an earlier store whose address
-differs by a multiple of 4096 bytes.
+Buffers that are read and written together are interleaved, or apart by PAD: a load waits for an
+earlier store whose address differs by a multiple of 4096 bytes, which cost 10 to 24 % of the time.
 """
 
 from mambapy.ops.cpu.exp import LOG2E, exp2, exp2_within, silu, softplus
-from mambapy.ops.cpu.memory import fetch_add, lanes_total, load, load_narrow, pointer, store
+from mambapy.ops.cpu.memory import fetch_add, load, load_narrow, pointer, store
 from mambapy.ops.cpu.rows import (
     NEXT_TASK,
     SCRATCH,
@@ -31,15 +30,16 @@ from mambapy.ops.cpu.simd import (
     inner,
     largest,
     like,
-    where_greater,
+    splat,
     zeros,
 )
 
 WIDTH = 128
 GROUPS = WIDTH // LANES
-TILE = 32
+TILE = 16
 # Steps from one saved state to the next; a multiple of TILE.
 CHUNK = 64
+PAD = 3 * LANES
 
 BATCH, LENGTH, CHANNELS, STATES, SOFTPLUS, BLOCK = range(SIZES, SIZES + 6)
 X, DT, A, B, C, D, Z, BIAS, STATE, SEQ, Y, STARTS, LAST = range(13)
@@ -52,21 +52,13 @@ def whole_vectors(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-# What a step of LANES channels has at hand: dt; dt x; the sum over states that y is.
-STEP, DRIVE, OUT = range(0, 3 * LANES, LANES)
-RECORD = 3 * LANES
-# From one state to the next: rate, state.
-PITCH = 2 * LANES
-
-
 def forward_floats(states: int) -> int:
     """Numbers of scratch that a worker needs."""
     return (
         LANES
-        + WIDTH * (2 * even(states) + 2)
-        + TILE * (RECORD + 2 * HALF + 1)
+        + WIDTH * (2 * even(states) + 2 + 3 * TILE)
+        + 3 * PAD
         + 2 * TILE * whole_vectors(states)
-        + LANES
     )
 
 
@@ -180,71 +172,30 @@ def take_decays(w, steps, record, rows, a0, a1, cuts, decays, pitch, within):
             store(w, i + HALF, exp2(fma(dt, a1, cut)))
 
 
-@inline
-def prepare(args, w, steps, rows, shift, through, longest):
-    """Fill the records of LANES channels, whose dt and x (in DRIVE) have been staged.
-
-    Returns whether |dt| < `longest` throughout.
-    """
-    soft = args[SOFTPLUS] != 0
-    longer = like(shift, 0.0)
-    for at in range(steps, steps + rows * RECORD, RECORD):
-        dt, x = load(w, at + STEP) + shift, load(w, at + DRIVE)
-        if soft:
-            dt = softplus(dt)
-        longer = where_greater(longest, largest(dt, like(dt, 0.0) - dt), longer, like(dt, 1.0))
-        store(w, at + STEP, dt)
-        store(w, at + DRIVE, dt * x)
-        store(w, at + OUT, through * x)
-    return lanes_total(longer) == 0
-
-
-@inline
-def advance(w, steps, rows, rate, b_column, c_column, columns, cuts, decays, within):
-    """Take two states of HALF channels, which stand behind their rates, through the steps, and add
-    them to y."""
-    a0, a1 = load_narrow(w, rate), load_narrow(w, rate + PITCH)
-    take_decays(w, steps + STEP, RECORD, rows, a0, a1, cuts, decays, 2 * HALF, within)
-    state = rate + LANES
-    h0, h1 = load_narrow(w, state), load_narrow(w, state + PITCH)
-    for t in range(rows):
-        at, i = steps + t * RECORD, decays + t * 2 * HALF
-        b, c = b_column + t * columns, c_column + t * columns
-        dx = load_narrow(w, at + DRIVE)
-        if w[cuts + t] != 0:
-            h0, h1 = like(dx, 0.0), like(dx, 0.0)
-        h0 = fma(load_narrow(w, i), h0, dx * like(dx, w[b]))
-        h1 = fma(load_narrow(w, i + HALF), h1, dx * like(dx, w[b + 1]))
-        y = fma(h0, like(dx, w[c]), load_narrow(w, at + OUT))
-        store(w, at + OUT, fma(h1, like(dx, w[c + 1]), y))
-    store(w, state, h0)
-    store(w, state + PITCH, h1)
-
-
 def build_forward(F, size, stamp):
     """The kernel in the arithmetic of `F`; `stamp` keys the cache on disk."""
 
     def selective_scan_forward(args):
         stamp  # noqa: B018
         batch_size, length, channels = args[BATCH], args[LENGTH], args[CHANNELS]
-        states = args[STATES]
+        states, soft = args[STATES], args[SOFTPLUS] != 0
         blocks = (channels + args[BLOCK] - 1) // args[BLOCK]
         all_groups = (channels + LANES - 1) // LANES
         columns = (states + LANES - 1) // LANES * LANES
-        # States go in pairs; where their number is odd, the last is 0 and stays 0.
         paired = states + states % 2
 
         base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
         w = pointer(base, F)
         rate = LANES
         state = rate + LANES
+        pitch = 2 * LANES
         bias = rate + 2 * WIDTH * paired
         skip = bias + WIDTH
-        steps = skip + WIDTH
-        decays = steps + TILE * RECORD
-        b_rows = decays + TILE * 2 * HALF
+        step_size = skip + WIDTH
+        xs = step_size + TILE * WIDTH + PAD
+        ys = xs + TILE * WIDTH + PAD
+        b_rows = ys + TILE * WIDTH + PAD
         c_rows = b_rows + TILE * columns
-        cuts = c_rows + TILE * columns
 
         while True:
             task = fetch_add(args, NEXT_TASK)
@@ -253,8 +204,8 @@ def build_forward(F, size, stamp):
             batch, first = task // blocks, (task % blocks) * args[BLOCK]
             count = min(args[BLOCK], channels - first)
             groups = (count + LANES - 1) // LANES
-            load_rates(args, first, count, states, base, rate, PITCH, F)
-            load_state(args, STATE, batch, first, count, channels, states, base, state, PITCH, F)
+            load_rates(args, first, count, states, base, rate, pitch, F)
+            load_state(args, STATE, batch, first, count, channels, states, base, state, pitch, F)
             for j in range(2 * GROUPS):
                 store(w, bias + j * LANES, zeros(F))
             if given(args, BIAS):
@@ -264,43 +215,51 @@ def build_forward(F, size, stamp):
 
             for start in range(0, length, TILE):
                 rows = min(TILE, length - start)
-                saves = start % CHUNK == 0 and start > 0 and given(args, STARTS)
+                if start % CHUNK == 0 and start > 0 and given(args, STARTS):
+                    at = (start // CHUNK - 1) * all_groups + first // LANES
+                    saved = pointer(place(args, STARTS, batch, 0, 0), F)
+                    for j in range(groups):
+                        for n in range(states):
+                            value = load(w, state + (j * paired + n) * pitch)
+                            store(saved, ((at + j) * states + n) * LANES, value)
+
+                stage(args, X, batch, start, rows, first, count, base, xs, WIDTH, F)
+                stage(args, DT, batch, start, rows, first, count, base, step_size, WIDTH, F)
                 stage(args, B, batch, start, rows, 0, states, base, b_rows, columns, F)
                 stage(args, C, batch, start, rows, 0, states, base, c_rows, columns, F)
-                whole = read_cuts(args, batch, start, rows, w, cuts, F)
                 for j in range(groups):
-                    here, column = j * paired * PITCH, first + j * LANES
-                    left = min(LANES, count - j * LANES)
-                    if saves:
-                        at = (start // CHUNK - 1) * all_groups + column // LANES
-                        saved = pointer(place(args, STARTS, batch, 0, 0), F)
-                        for n in range(states):
-                            value = load(w, state + here + n * PITCH)
-                            store(saved, (at * states + n) * LANES, value)
-                    for which, into in ((DT, STEP), (X, DRIVE)):
-                        stage(
-                            args, which, batch, start, rows, column, left, base, steps + into,
-                            RECORD, F,
-                        )  # fmt: skip
                     shift, through = load(w, bias + j * LANES), load(w, skip + j * LANES)
-                    longest = longest_steps(w, rate + here, states, PITCH, F)
-                    within = prepare(args, w, steps, rows, shift, through, longest) and whole
-                    for half in (0, HALF):
-                        for n in range(0, states, 2):
-                            advance(
-                                w, steps + half, rows, rate + here + n * PITCH + half, b_rows + n,
-                                c_rows + n, columns, cuts, decays, within,
-                            )  # fmt: skip
-                    if given(args, Z):
-                        stage(
-                            args, Z, batch, start, rows, column, left, base, steps + DRIVE,
-                            RECORD, F,
-                        )  # fmt: skip
-                        for at in range(steps, steps + rows * RECORD, RECORD):
-                            store(w, at + OUT, load(w, at + OUT) * silu(load(w, at + DRIVE)))
-                    unstage(
-                        args, Y, batch, start, rows, column, left, base, steps + OUT, RECORD, F
-                    )  # fmt: skip
-            save_state(args, LAST, batch, first, count, channels, states, base, state, PITCH, F)
+                    for at in range(j * LANES, rows * WIDTH, WIDTH):
+                        dt = load(w, step_size + at) + shift
+                        if soft:
+                            dt = softplus(dt)
+                        x = load(w, xs + at)
+                        store(w, step_size + at, dt)
+                        store(w, xs + at, dt * x)
+                        store(w, ys + at, through * x)
+
+                for j in range(groups):
+                    for t in range(rows):
+                        at = t * WIDTH + j * LANES
+                        dt, dx, y = load(w, step_size + at), load(w, xs + at), load(w, ys + at)
+                        if starts_document(args, batch, start + t):
+                            for n in range(states):
+                                store(w, state + (j * paired + n) * pitch, zeros(F))
+                        for n in range(states):
+                            i = (j * paired + n) * pitch
+                            decay = exp2(dt * load(w, rate + i))
+                            dh = dx * splat(w[b_rows + t * columns + n])
+                            h = fma(decay, load(w, state + i), dh)
+                            store(w, state + i, h)
+                            y = fma(h, splat(w[c_rows + t * columns + n]), y)
+                        store(w, ys + at, y)
+
+                if given(args, Z):
+                    stage(args, Z, batch, start, rows, first, count, base, xs, WIDTH, F)
+                    for t in range(rows):
+                        for at in range(t * WIDTH, t * WIDTH + groups * LANES, LANES):
+                            store(w, ys + at, load(w, ys + at) * silu(load(w, xs + at)))
+                unstage(args, Y, batch, start, rows, first, count, base, ys, WIDTH, F)
+            save_state(args, LAST, batch, first, count, channels, states, base, state, pitch, F)
 
     return selective_scan_forward
