@@ -65,11 +65,10 @@ class BiMambaBlock(MambaBlock):
         """What `forward` makes of in_proj's output (b, l, 2e): (b, l, d)."""
         x, z = inputs.chunk(2, dim=-1)  # (b, l, e)
         y = self._direction(x, z, ragged, backward=False)
-        y = y + self._direction(x, z, ragged, backward=True)
-        return self.out_proj(y / 2)
+        return self.out_proj(y + self._direction(x, z, ragged, backward=True))
 
     def _direction(self, x: Tensor, z: Tensor, ragged: Ragged, *, backward: bool) -> Tensor:
-        """What one direction makes of x and its gate z (b, l, e)."""
+        """Half of what one direction makes of x and its gate z (b, l, e)."""
         n, R = self.config.d_state, self.config.rank
         conv1d, x_proj, dt_proj, A_log, D = (
             (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
@@ -89,13 +88,14 @@ class BiMambaBlock(MambaBlock):
         )
         low, B, C = x_proj(x).split([R, n, n], dim=-1)
         dt, dt_bias = DtProjection.parts(dt_proj, low)
+        # y is linear in C and D together, which are smaller than y.
         return ops.selective_scan(
             x,
             ragged.stop_padding(dt),
             -torch.exp(A_log),
             B,
-            C,
-            D,
+            C / 2,
+            D / 2,
             z,
             dt_bias=dt_bias,
             dt_softplus=True,

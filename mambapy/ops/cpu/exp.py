@@ -75,7 +75,12 @@ def exp2(r):
     """2^r; 0 for r <= -127 (float64: -1023), inf from 128 (1024), NaN for NaN; below the normals,
     not exact."""
     # At both clamps f = 0, so that the exponent field becomes exactly that of 0 or of inf.
-    r = smallest(_top(r), largest(_bottom(r), r))
+    return exp2_within(smallest(_top(r), largest(_bottom(r), r)))
+
+
+@inline
+def exp2_within(r):
+    """`exp2` for what lies between its clamps."""
     k = r + _magic(r)
     f = r - (k - _magic(r))
     return add_to_exponent(fma(_exp2_tail(f), f, like(r, 1.0)), k)

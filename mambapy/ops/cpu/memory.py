@@ -11,6 +11,7 @@ from mambapy.ops.cpu.simd import (
     BITS,
     ELEMENT,
     FOLDED,
+    HALVES,
     LANES,
     V32,
     VECTORS,
@@ -34,25 +35,33 @@ def pointer(typingctx, address, dtype):
     return result(types.int64, dtype), codegen
 
 
-@intrinsic
-def load(typingctx, base, offset):
-    """The `LANES` numbers at base[offset], base[offset + 1], ..."""
-    if not isinstance(base, types.CPointer) or base.dtype not in VECTORS:
-        return None
-    vector = VECTORS[base.dtype]
+def _loader(table):
+    """An intrinsic `f(base, offset)`: the numbers at base[offset], base[offset + 1], ... as a
+    vector of `table`."""
 
-    def codegen(context, builder, sig, args):
-        place = builder.gep(args[0], [args[1]])
-        place = builder.bitcast(place, llvm_of(vector).as_pointer())
-        return builder.load(place, align=base.dtype.bitwidth // 8)
+    @intrinsic
+    def load_vector(typingctx, base, offset):
+        if not isinstance(base, types.CPointer) or base.dtype not in table:
+            return None
+        vector = table[base.dtype]
 
-    return vector(base, types.int64), codegen
+        def codegen(context, builder, sig, args):
+            place = builder.gep(args[0], [args[1]])
+            place = builder.bitcast(place, llvm_of(vector).as_pointer())
+            return builder.load(place, align=base.dtype.bitwidth // 8)
+
+        return vector(base, types.int64), codegen
+
+    return load_vector
+
+
+load, load_narrow = _loader(VECTORS), _loader(HALVES)
 
 
 @intrinsic
 def store(typingctx, base, offset, value):
     """Write a vector to base[offset], base[offset + 1], ..."""
-    if not isinstance(base, types.CPointer) or VECTORS.get(base.dtype) != value:
+    if not isinstance(value, Vec) or base != types.CPointer(value.dtype):
         return None
 
     def codegen(context, builder, sig, args):
@@ -72,17 +81,19 @@ def _lanes(builder, vector, start: int, count: int):
 
 @intrinsic
 def accumulate(typingctx, base, offset, a, b):
-    """base[offset + i] += sum of a * b over the lanes i, i + FOLDED, ... for i < FOLDED."""
+    """base[offset + i] += sum of a * b over the lanes i and i + half of all, for i < half of
+    all."""
     if not isinstance(a, Vec) or a != b or base != types.CPointer(a.dtype):
         return None
+    folded = a.lanes // 2
 
     def codegen(context, builder, sig, args):
-        kind = ir.VectorType(ELEMENT[a.dtype], FOLDED)
+        kind = ir.VectorType(ELEMENT[a.dtype], folded)
         place = builder.bitcast(builder.gep(args[0], [args[1]]), kind.as_pointer())
         value = builder.load(place, align=a.dtype.bitwidth // 8)
-        for start in range(0, LANES, FOLDED):
-            parts = [_lanes(builder, args[i], start, FOLDED) for i in (2, 3)]
-            value = call(builder, f"llvm.fmuladd.v{FOLDED}f{BITS[a]}", kind, [*parts, value])
+        for start in (0, folded):
+            parts = [_lanes(builder, args[i], start, folded) for i in (2, 3)]
+            value = call(builder, f"llvm.fmuladd.v{folded}f{BITS[a]}", kind, [*parts, value])
         builder.store(value, place, align=a.dtype.bitwidth // 8)
         return context.get_dummy_value()
 

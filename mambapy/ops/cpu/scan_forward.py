@@ -9,8 +9,8 @@ Buffers that are read and written together are interleaved, or apart by PAD: a l
 earlier store whose address differs by a multiple of 4096 bytes, which cost 10 to 24 % of the time.
 """
 
-from mambapy.ops.cpu.exp import LOG2E, exp2, silu, softplus
-from mambapy.ops.cpu.memory import fetch_add, load, pointer, store
+from mambapy.ops.cpu.exp import LOG2E, exp2, exp2_within, silu, softplus
+from mambapy.ops.cpu.memory import fetch_add, load, load_narrow, pointer, store
 from mambapy.ops.cpu.rows import (
     NEXT_TASK,
     SCRATCH,
@@ -22,7 +22,17 @@ from mambapy.ops.cpu.rows import (
     stage,
     unstage,
 )
-from mambapy.ops.cpu.simd import LANES, fma, inline, inner, splat, zeros
+from mambapy.ops.cpu.simd import (
+    HALF,
+    LANES,
+    fma,
+    inline,
+    inner,
+    largest,
+    like,
+    splat,
+    zeros,
+)
 
 WIDTH = 128
 GROUPS = WIDTH // LANES
@@ -44,35 +54,47 @@ def whole_vectors(count: int) -> int:
 
 def forward_floats(states: int) -> int:
     """Numbers of scratch that a worker needs."""
-    return LANES + WIDTH * (2 * states + 2 + 3 * TILE) + 3 * PAD + 2 * TILE * whole_vectors(states)
+    return (
+        LANES
+        + WIDTH * (2 * even(states) + 2 + 3 * TILE)
+        + 3 * PAD
+        + 2 * TILE * whole_vectors(states)
+    )
+
+
+def even(states: int) -> int:
+    """Room for states in pairs: kernels take two at a time."""
+    return states + states % 2
 
 
 @inner
 def load_rates(args, first, count, states, base, offset, pitch, F):
-    """Stage A * log2(e) of `count` channels as (group, states, LANES), states `pitch` apart; 0
+    """Stage A * log2(e) of `count` channels as (group, even states, LANES), states `pitch` apart; 0
     where missing."""
     buffer, rates = pointer(base, F), pointer(place(args, A, 0, 0, 0), F)
+    paired = states + states % 2
     for i in range(-(-count // LANES) * LANES):
-        at = offset + (i // LANES) * states * pitch + i % LANES
-        for n in range(states):
+        at = offset + (i // LANES) * paired * pitch + i % LANES
+        for n in range(paired):
             value = F(0)
-            if i < count:
+            if i < count and n < states:
                 value = rates[(first + i) * states + n] * F(LOG2E)
             buffer[at + n * pitch] = value
 
 
 @inner
 def load_state(args, which, batch, first, count, channels, states, base, offset, pitch, F):
-    """Stage `count` channels of a (b, e, n) tensor as (group, states, LANES), states `pitch` apart;
-    or zeros."""
+    """Stage `count` channels of a (b, e, n) tensor as (group, even states, LANES), states `pitch`
+    apart; or zeros."""
     buffer = pointer(base, F)
-    for i in range(-(-count // LANES) * states):
+    paired = states + states % 2
+    for i in range(-(-count // LANES) * paired):
         store(buffer, offset + i * pitch, zeros(F))
     if not given(args, which):
         return
     source = pointer(place(args, which, 0, 0, 0), F)
     for i in range(count):
-        at = offset + (i // LANES) * states * pitch + i % LANES
+        at = offset + (i // LANES) * paired * pitch + i % LANES
         row = ((batch * channels) + first + i) * states
         for n in range(states):
             buffer[at + n * pitch] = source[row + n]
@@ -85,8 +107,9 @@ def save_state(args, which, batch, first, count, channels, states, base, offset,
     if not given(args, which):
         return
     buffer, target = pointer(base, F), pointer(place(args, which, 0, 0, 0), F)
+    paired = states + states % 2
     for i in range(count):
-        at = offset + (i // LANES) * states * pitch + i % LANES
+        at = offset + (i // LANES) * paired * pitch + i % LANES
         row = ((batch * channels) + first + i) * states
         for n in range(states):
             target[row + n] = buffer[at + n * pitch]
@@ -102,6 +125,53 @@ def starts_document(args, batch, step):
     return now[0] != before[0]
 
 
+# Decays between 2^-LIMIT and 2^LIMIT need no clamps.
+LIMIT = 126.0
+
+
+@inline
+def longest_steps(w, rate, states, pitch, F):
+    """The |dt| of each of LANES channels from which on some state's decay needs clamps."""
+    most = zeros(F)
+    for n in range(states):
+        a = load(w, rate + n * pitch)
+        most = largest(most, largest(a, like(a, 0.0) - a))
+    return like(most, LIMIT) / most
+
+
+@inline
+def read_cuts(args, batch, start, rows, w, cuts, F):
+    """What is added to the exponent of each step's decay: so little that it is 0 where a document
+    starts. Returns whether none does."""
+    whole = True
+    for t in range(rows):
+        w[cuts + t] = F(0)
+        if starts_document(args, batch, start + t):
+            w[cuts + t] = F(-1e30)
+            whole = False
+    return whole
+
+
+@inline
+def take_decays(w, steps, record, rows, a0, a1, cuts, decays, pitch, within):
+    """The decays of two states of HALF channels: `pitch` from one step to the next.
+
+    They come before the recurrence, as they do not wait for each other. Most tiles are `within`
+    the range that needs no clamps, which are a seventh of the work.
+    """
+    if within:
+        for t in range(rows):
+            dt, i = load_narrow(w, steps + t * record), decays + t * pitch
+            store(w, i, exp2_within(dt * a0))
+            store(w, i + HALF, exp2_within(dt * a1))
+    else:
+        for t in range(rows):
+            dt, i = load_narrow(w, steps + t * record), decays + t * pitch
+            cut = like(dt, w[cuts + t])
+            store(w, i, exp2(fma(dt, a0, cut)))
+            store(w, i + HALF, exp2(fma(dt, a1, cut)))
+
+
 def build_forward(F, size, stamp):
     """The kernel in the arithmetic of `F`; `stamp` keys the cache on disk."""
 
@@ -112,13 +182,14 @@ def build_forward(F, size, stamp):
         blocks = (channels + args[BLOCK] - 1) // args[BLOCK]
         all_groups = (channels + LANES - 1) // LANES
         columns = (states + LANES - 1) // LANES * LANES
+        paired = states + states % 2
 
         base = args[SCRATCH] + fetch_add(args, WORKER) * args[SCRATCH_BYTES]
         w = pointer(base, F)
         rate = LANES
         state = rate + LANES
         pitch = 2 * LANES
-        bias = rate + 2 * WIDTH * states
+        bias = rate + 2 * WIDTH * paired
         skip = bias + WIDTH
         step_size = skip + WIDTH
         xs = step_size + TILE * WIDTH + PAD
@@ -147,9 +218,10 @@ def build_forward(F, size, stamp):
                 if start % CHUNK == 0 and start > 0 and given(args, STARTS):
                     at = (start // CHUNK - 1) * all_groups + first // LANES
                     saved = pointer(place(args, STARTS, batch, 0, 0), F)
-                    for i in range(groups * states):
-                        value = load(w, state + i * pitch)
-                        store(saved, (at * states + i) * LANES, value)
+                    for j in range(groups):
+                        for n in range(states):
+                            value = load(w, state + (j * paired + n) * pitch)
+                            store(saved, ((at + j) * states + n) * LANES, value)
 
                 stage(args, X, batch, start, rows, first, count, base, xs, WIDTH, F)
                 stage(args, DT, batch, start, rows, first, count, base, step_size, WIDTH, F)
@@ -172,9 +244,9 @@ def build_forward(F, size, stamp):
                         dt, dx, y = load(w, step_size + at), load(w, xs + at), load(w, ys + at)
                         if starts_document(args, batch, start + t):
                             for n in range(states):
-                                store(w, state + (j * states + n) * pitch, zeros(F))
+                                store(w, state + (j * paired + n) * pitch, zeros(F))
                         for n in range(states):
-                            i = (j * states + n) * pitch
+                            i = (j * paired + n) * pitch
                             decay = exp2(dt * load(w, rate + i))
                             dh = dx * splat(w[b_rows + t * columns + n])
                             h = fma(decay, load(w, state + i), dh)

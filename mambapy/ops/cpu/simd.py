@@ -16,6 +16,8 @@ from numba.core.imputils import lower_builtin
 from numba.extending import intrinsic, models, register_model, type_callable
 
 LANES = 32
+# Narrower vectors, for loops with so many of them that registers run out.
+HALF = LANES // 2
 # Options of functions that only kernels call: no entry point from Python, which would take a sixth
 # of the time to compile.
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -45,36 +47,37 @@ FOLDED = 16
 
 
 class Vec(types.Type):
-    """`LANES` numbers of one Numba float type, in registers."""
+    """`lanes` numbers of one Numba float type, in registers."""
 
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        super().__init__(name=f"vec{LANES}x{dtype}")
+    def __init__(self, dtype: types.Float, lanes: int = LANES) -> None:
+        self.dtype, self.lanes = dtype, lanes
+        super().__init__(name=f"vec{lanes}x{dtype}")
 
 
 V32 = Vec(types.float32)
 V64 = Vec(types.float64)
 VECTORS = {types.float32: V32, types.float64: V64}
+HALVES = {kind: Vec(kind, HALF) for kind in VECTORS}
 ELEMENT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-BITS = {V32: 32, V64: 64}
+BITS = {vec: vec.dtype.bitwidth for table in (VECTORS, HALVES) for vec in table.values()}
 
 
 @register_model(Vec)
 class _VecModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, ir.VectorType(ELEMENT[fe_type.dtype], LANES))
+        super().__init__(dmm, fe_type, llvm_of(fe_type))
 
 
 def llvm_of(vec: Vec) -> ir.VectorType:
-    return ir.VectorType(ELEMENT[vec.dtype], LANES)
+    return ir.VectorType(ELEMENT[vec.dtype], vec.lanes)
 
 
 def ints_of(vec: Vec) -> ir.VectorType:
-    return ir.VectorType(ir.IntType(BITS[vec]), LANES)
+    return ir.VectorType(ir.IntType(BITS[vec]), vec.lanes)
 
 
 def repeat(kind: ir.VectorType, number) -> ir.Constant:
-    return ir.Constant(kind, [number] * LANES)
+    return ir.Constant(kind, [number] * kind.count)
 
 
 def call(builder, name: str, result, values):
@@ -82,10 +85,10 @@ def call(builder, name: str, result, values):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
 
 
-def splat_value(builder, scalar):
-    kind = ir.VectorType(scalar.type, LANES)
+def splat_value(builder, scalar, lanes=LANES):
+    kind = ir.VectorType(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    mask = repeat(ir.VectorType(ir.IntType(32), lanes), 0)
     return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
 
 
@@ -102,7 +105,7 @@ def _register_operator(function, emit) -> None:
 
         return typer
 
-    for vec in (V32, V64):
+    for vec in BITS:
         lower_builtin(function, vec, vec)(
             lambda context, builder, sig, args: emit(builder, args[0], args[1])
         )
@@ -121,7 +124,7 @@ def fma(typingctx, a, b, c):
         return None
 
     def codegen(context, builder, sig, args):
-        name = f"llvm.fmuladd.v{LANES}f{BITS[a]}"
+        name = f"llvm.fmuladd.v{a.lanes}f{BITS[a]}"
         return call(builder, name, llvm_of(a), list(args))
 
     return a(a, b, c), codegen
@@ -169,7 +172,7 @@ def add_to_exponent(typingctx, value, magic):
 
     def codegen(context, builder, sig, args):
         ints = ints_of(value)
-        shift = repeat(ints, 23 if value == V32 else 52)
+        shift = repeat(ints, 23 if BITS[value] == 32 else 52)
         k = builder.shl(builder.bitcast(args[1], ints), shift)
         bits = builder.add(builder.bitcast(args[0], ints), k)
         return builder.bitcast(bits, llvm_of(value))
@@ -186,7 +189,7 @@ def exponent_and_mantissa(typingctx, value, split):
     result = types.UniTuple(value, 2)
 
     def codegen(context, builder, sig, args):
-        ints, size = ints_of(value), 23 if value == V32 else 52
+        ints, size = ints_of(value), 23 if BITS[value] == 32 else 52
         # Subtracting the bits of `split` first makes the exponent field count from it.
         offset = builder.sub(builder.bitcast(args[0], ints), builder.bitcast(args[1], ints))
         k = builder.ashr(offset, repeat(ints, size))
@@ -255,12 +258,13 @@ def splat(typingctx, scalar):
 
 @intrinsic
 def like(typingctx, vector, number):
-    """A vector of the type of `vector` whose lanes all hold the Python number `number`."""
+    """A vector of the type of `vector` whose lanes all hold the scalar `number`."""
     if not isinstance(vector, Vec):
         return None
 
     def codegen(context, builder, sig, args):
-        return splat_value(builder, context.cast(builder, args[1], number, vector.dtype))
+        scalar = context.cast(builder, args[1], number, vector.dtype)
+        return splat_value(builder, scalar, vector.lanes)
 
     return vector(vector, number), codegen
 
@@ -296,7 +300,7 @@ def polynomial(table: dict[int, tuple[float, ...]]):
     @intrinsic
     def horner(typingctx, vector):
         def codegen(context, builder, sig, args):
-            name = f"llvm.fmuladd.v{LANES}f{BITS[vector]}"
+            name = f"llvm.fmuladd.v{vector.lanes}f{BITS[vector]}"
             *rest, value = [repeat(llvm_of(vector), c) for c in table[BITS[vector]]]
             for coefficient in reversed(rest):
                 value = call(builder, name, llvm_of(vector), [value, args[0], coefficient])

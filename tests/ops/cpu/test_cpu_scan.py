@@ -139,6 +139,18 @@ def test_extremes():
     assert torch.equal(whole, call(part, torch.float32)[1])
 
 
+@pytest.mark.parametrize("dt", [1e4, math.nan])
+def test_one_long_step_changes_nothing_before_it(dt):
+    # Where all decays of a tile are in range, they are taken without clamps.
+    values = inputs(2, 130, 40, 5)
+    before = call(values, torch.float32)[0]
+    values["dt"][:, 40, 3] = dt
+    after = call(values, torch.float32)[0]
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert torch.equal(before[..., 4:], after[..., 4:])
+    assert not torch.equal(before[:, 40, 3], after[:, 40, 3])
+
+
 def test_large_inputs():
     values = inputs(2, 130, 40, 4)
     for name in ("x", "B", "C", "z", "state"):
