@@ -31,7 +31,7 @@ def _block(b: int, l: int, d: int, *sweeps: str, n: int = 16) -> Case:
 def _train(b: int, l: int, d: int, layers: int, vocab_size: int) -> Case:
     """A training step under autocast."""
     sizes = {"batch": b, "length": l, "d_model": d, "d_state": 16, "n_layers": layers}
-    ours = ("mambapy", "mambapy recompute", "mambapy eager")
+    ours = ("mambapy", "mambapy conv", "mambapy scan", "mambapy block", "mambapy eager")
     return _case(
         "train",
         sizes | {"vocab_size": vocab_size},

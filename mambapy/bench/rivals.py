@@ -58,7 +58,10 @@ WHO = {
     MAMBA_PY: Who("mamba_py.py", library=MAMBA_PY, copies=(7, 10, 5)),
     "transformers": Who("hf.py", package="transformers", copies=(4, 13, 6)),
     "official": Who("official.py", package="mamba_ssm"),
-    "mambapy recompute": Who("ours.py", {"recompute": "scan"}),
+    **{
+        f"mambapy {level}": Who("ours.py", {"recompute": level})
+        for level in ("conv", "scan", "block")
+    },
     "mambapy eager": Who("ours.py", {"cuda_graph": "never"}),
     "mamba2": Who("ours.py", {"model": "mamba2"}),
     "mamba3": Who("ours.py", {"model": "mamba3"}),
