@@ -120,6 +120,43 @@ def train() -> str:
     return table(head, *rows)
 
 
+def scan_gpu() -> str:
+    """The scan on a GPU, forward and backward, beside plain PyTorch."""
+    cases: dict[str, dict[str, Any]] = {}
+    for case in load("h100/cuda-scan-part")["cases"]:
+        cases.setdefault(case["name"], {"sizes": case})[case["pass"]] = case["contestants"]
+    rows = []
+    for case in cases.values():
+        sizes = [f"{case['sizes'][key]:,}" for key in ("batch", "length", "d_inner", "d_state")]
+        ours, plain = case["training"]["auto"], case["training"]["chunked"]
+        times = [
+            f"{found['median_s'] * 1e3:.2f}" for found in (case["forward"]["auto"], ours, plain)
+        ]
+        rows.append([*sizes, *times, f"{ours['peak_bytes'] / 1e6:,.0f} MB"])
+    head = ["batch", "length", "channels", "states", "forward, ms", "forward + backward"]
+    return table([*head, "plain PyTorch", "memory beside the inputs"], *rows)
+
+
+def train_gpu() -> str:
+    """Training on a GPU at each level of recomputation."""
+    found = load("h100/cuda-train-part")["cases"][0]["contestants"]
+    names = [
+        ("its matrix products", "floor"),
+        ("mambapy", "mambapy"),
+        *((f"`--recompute {level}`", f"mambapy {level}") for level in ("conv", "scan", "block")),
+    ]
+    rows = [
+        [
+            label,
+            f"{found[name]['tokens_per_s'] / 1e3:,.0f}",
+            "" if name == "floor" else f"{found[name]['peak_bytes'] / 2**30:.1f} GiB",
+        ]
+        for label, name in names
+    ]
+    head = ["training, 130 million parameters, 16 x 1024", "thousand tokens a second", "memory"]
+    return table(head, *rows)
+
+
 def decode() -> str:
     """Speed of reading a prompt, and of writing."""
     names = [
@@ -233,6 +270,8 @@ PARTS = {
     "shakespeare": shakespeare,
     "parity": parity,
     "jamba": jamba,
+    "scan_gpu": scan_gpu,
+    "train_gpu": train_gpu,
     "vision": vision,
     "digits": digits,
 }
