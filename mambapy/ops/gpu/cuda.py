@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,23 @@ from mambapy.errors import BackendError
 SOURCES = Path(__file__).parent / "kernels"
 Settings = Mapping[str, str | int]
 _lock = threading.Lock()
-_loaded: dict[tuple[Any, ...], int] = {}
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One call of a kernel.
+class Kernel:
+    """A kernel and how its blocks are made up.
 
     Args:
         name: of its file and of its function.
         settings: constants and types that it is compiled with.
-        grid: blocks.
         threads: of a block.
         shared: bytes of shared memory of a block.
-        args: the kernel's arguments.
     """
 
-    name: str
-    settings: Settings
-    grid: tuple[int, int]
-    threads: int
-    shared: int
-    args: Sequence[int]
+    def __init__(self, name: str, settings: Settings, threads: int, shared: int) -> None:
+        self.name, self.settings = name, settings
+        self.threads, self.shared = threads, shared
+        # Device -> its handle there.
+        self.loaded: dict[torch.device, Any] = {}
 
 
 def pointer(T: Tensor | None) -> int:
@@ -55,25 +49,22 @@ def pointer(T: Tensor | None) -> int:
     return 0 if T is None else T.data_ptr()
 
 
-def launch(call: Launch, device: torch.device) -> None:
-    """Put a call on the device's current stream."""
+def launch(
+    kernel: Kernel, grid: tuple[int, int], args: Sequence[int], device: torch.device
+) -> None:
+    """Put `grid` blocks of a kernel on the device's current stream."""
     from cuda.bindings import driver
 
-    key = (call.name, device.index, *sorted(call.settings.items()))
-    kernel = _loaded.get(key)
     with torch.cuda.device(device):
-        if kernel is None:
-            kernel = _loaded[key] = _load(call, device)
-        values = (ctypes.c_int64 * len(call.args))(*call.args)
+        function = kernel.loaded.get(device)
+        if function is None:
+            function = kernel.loaded[device] = _load(kernel, device)
+        values = (ctypes.c_int64 * len(args))(*args)
         first = ctypes.addressof(values)
         places = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
         stream = torch.cuda.current_stream(device).cuda_stream
-        block, grid = (call.threads, 1, 1), (*call.grid, 1)
-        _check(
-            driver.cuLaunchKernel(
-                kernel, *grid, *block, call.shared, stream, ctypes.addressof(places), 0
-            )
-        )
+        sizes = (*grid, 1, kernel.threads, 1, 1, kernel.shared)
+        _check(driver.cuLaunchKernel(function, *sizes, stream, ctypes.addressof(places), 0))
 
 
 def compiled(name: str, settings: Settings, arch: str) -> bytes:
@@ -106,21 +97,19 @@ def source_of(name: str, settings: Settings) -> str:
     return machine + common + constants + kernel
 
 
-def _load(call: Launch, device: torch.device) -> int:
-    """The kernel of a call on a device, ready to be launched."""
+def _load(kernel: Kernel, device: torch.device) -> Any:
+    """A kernel on a device, ready to be launched."""
     from cuda.bindings import driver
 
     with _lock:
         major, minor = torch.cuda.get_device_capability(device)
-        code = compiled(call.name, call.settings, f"sm_{major}{minor}")
+        code = compiled(kernel.name, kernel.settings, f"sm_{major}{minor}")
         library = _check(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        name = call.name.encode()
-        kernel = _check(
-            driver.cuKernelGetFunction(_check(driver.cuLibraryGetKernel(library, name)))
-        )
+        entry = _check(driver.cuLibraryGetKernel(library, kernel.name.encode()))
+        function = _check(driver.cuKernelGetFunction(entry))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(kernel, most, call.shared))
-        return kernel
+        _check(driver.cuFuncSetAttribute(function, most, kernel.shared))
+        return function
 
 
 def _nvrtc(name: str, source: str, options: Sequence[str]) -> bytes:

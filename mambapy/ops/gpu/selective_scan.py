@@ -12,13 +12,17 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mambapy.ops.gpu.cuda import Launch, launch, pointer
+from mambapy.ops.gpu.cuda import Kernel, launch, pointer
 
 TILE = 32
 PITCH = TILE + 4
 WARP = 32
 # Names of number formats in the kernels.
 FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+# Of the tensors that have a row for each step, those with a number for each state.
+PER_STATE = ("B", "C", "W")
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,15 @@ def forward(
         _carry(
             lanes, carried, dt, A, B, x, None, dt_bias, seq_idx, dt_softplus, reverse, forward=True
         )
-    rows = _Rows(reverse)
-    columns = lanes.channels
+    rows = _Rows(lanes, reverse, x)
     args = [
-        *rows.add("X", x, columns), *rows.add("DT", dt, columns), pointer(A),
-        *rows.add("B", B, lanes.states), *rows.add("C", C, lanes.states), pointer(D),
-        *rows.add("Z", x if z is None else z, columns, given=z is not None),
-        pointer(dt_bias), pointer(state), *rows.documents(seq_idx), *rows.add("Y", y, columns),
-        pointer(carried), pointer(starts) if save else 0, pointer(last), b, l, e, n,
+        *rows.add("X", x), *rows.add("DT", dt), pointer(A), *rows.add("B", B), *rows.add("C", C),
+        pointer(D), *rows.add("Z", z), pointer(dt_bias), pointer(state),
+        *rows.documents(seq_idx), *rows.add("Y", y), pointer(carried),
+        pointer(starts) if save else 0, pointer(last), b, l, e, n,
     ]  # fmt: skip
-    shared = _shared_bytes(lanes, rows, staged=2, b_c=2)
-    settings = _settings(lanes, n, rows, dt_softplus, seq_idx, shared)
-    grid, threads = (lanes.blocks(b, e), lanes.segments), lanes.warps * WARP
-    settings["UNROLL"] = 4 if lanes.S <= 4 else 2
-    launch(Launch("scan_forward", settings, grid, threads, shared, args), x.device)
+    kernel = rows.kernel("scan_forward", n, dt_softplus)
+    launch(kernel, (lanes.blocks(b, e), lanes.segments), args, x.device)
     return y, last, starts
 
 
@@ -131,16 +130,15 @@ def backward(
     lanes = lanes or backward_lanes(b, l, e, n, x.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    grad_x, grad_dt = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty(b, l, e, dtype=dt.dtype, device=x.device),
-    )
+    grad_x = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
+    grad_dt = torch.empty(b, l, e, dtype=dt.dtype, device=x.device)
     grad_z = None if z is None else torch.empty(b, l, e, dtype=z.dtype, device=x.device)
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
-    make = empty if deterministic else partial(torch.zeros, dtype=torch.float32, device=x.device)
-    grad_B, grad_C = make(parts, b, l, n), make(parts, b, l, n)
+    grad_B, grad_C = empty(parts, b, l, n), empty(parts, b, l, n)
+    for T in () if deterministic else (grad_B, grad_C):
+        T.zero_()
     segments = lanes.segments
     grad_A = empty(segments * b, e, n)
     grad_D = None if D is None else empty(segments * b, e)
@@ -150,37 +148,32 @@ def backward(
 
     A, D, dt_bias, grad_last = _weights(A, D, dt_bias, grad_last)
     x, dt, B, C, z, grad_y = _rowwise(x, dt, B, C, z, grad_y)
-    columns = lanes.channels
     carried = None
     if segments > 1:
         carried = empty(2 * segments, b, e, n)
         _carry(lanes, carried, dt, A, C, grad_y, z, dt_bias, seq_idx, dt_softplus, reverse)
-    rows = _Rows(reverse)
+    rows = _Rows(lanes, reverse, x)
+    into = _Rows(lanes, reverse, grad_x)
+    (to_x, *steps), (to_dt, *_), (to_z, *_) = (
+        into.add(name, T) for name, T in (("X", grad_x), ("DT", grad_dt), ("Z", grad_z))
+    )
     args = [
-        *rows.add("X", x, columns), *rows.add("DT", dt, columns), pointer(A),
-        *rows.add("B", B, lanes.states), *rows.add("C", C, lanes.states), pointer(D),
-        *rows.add("Z", x if z is None else z, columns, given=z is not None),
-        pointer(dt_bias), *rows.documents(seq_idx), *rows.add("R", grad_y, columns),
-        pointer(starts), pointer(grad_last), pointer(carried),
+        *rows.add("X", x), *rows.add("DT", dt), pointer(A), *rows.add("B", B), *rows.add("C", C),
+        pointer(D), *rows.add("Z", z), pointer(dt_bias), *rows.documents(seq_idx),
+        *rows.add("R", grad_y), pointer(starts), pointer(grad_last), pointer(carried),
+        to_x, to_dt, to_z, *steps, rows.first(grad_B[0]), rows.first(grad_C[0]),
+        *rows.strides(grad_B[0]), pointer(grad_A), pointer(grad_D), pointer(grad_bias),
+        pointer(grad_state), b, l, e, n,
     ]  # fmt: skip
-    gradients = [T for T in (grad_x, grad_dt, grad_z) if T is not None]
-    places = [rows.first(T) for T in gradients]
-    vector = min(_vector(T, columns) for T in gradients)
-    rows.settings["G_VEC"] = vector
-    args += [*places, *([0] if grad_z is None else []), *rows.strides(grad_x)]
-    args += [rows.first(grad_B[0]), rows.first(grad_C[0]), *rows.strides(grad_B[0])]
-    args += [pointer(grad_A), pointer(grad_D), pointer(grad_bias), pointer(grad_state), b, l, e, n]
-    runs, threads = TILE // lanes.run, lanes.warps * WARP
-    extra = (runs - 1) * lanes.S * threads + 2 * lanes.warps * lanes.run * 2 * lanes.S * lanes.SL
-    extra += 4 * lanes.channels * TILE
-    shared = _shared_bytes(lanes, rows, staged=3, b_c=2, more=extra)
-    settings = _settings(lanes, n, rows, dt_softplus, seq_idx, shared)
-    settings |= {"RUN": lanes.run, "DETERMINISTIC": int(deterministic)}
-    grid = (lanes.blocks(b, e), segments)
-    launch(Launch("scan_backward", settings, grid, threads, shared, args), x.device)
+    vector = min(vector for _, _, vector in into.layouts)
+    more = (("G_VEC", vector), ("RUN", lanes.run), ("DETERMINISTIC", int(deterministic)))
+    kernel = rows.kernel("scan_backward", n, dt_softplus, more)
+    launch(kernel, (lanes.blocks(b, e), segments), args, x.device)
 
-    sums = [grad_A, grad_B, grad_C, grad_D, grad_bias]
-    grad_A, grad_B, grad_C, grad_D, grad_bias = [None if T is None else _sum(T) for T in sums]
+    sums = (grad_A, grad_B, grad_C, grad_D, grad_bias)
+    grad_A, grad_B, grad_C, grad_D, grad_bias = (
+        T if T is None else T.sum(0) if len(T) > 1 else T[0] for T in sums
+    )
     grads = [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
     return [
         None if grad is None else grad.to(tensor.dtype)
@@ -206,18 +199,14 @@ def _carry(
     """Fill `carried` (2, segments, b, e, n) as scan_carry.cu says."""
     b, l, e = dt.shape
     n = A.shape[1]
-    rows = _Rows(reverse)
-    columns = lanes.channels
+    rows = _Rows(lanes, reverse, dt)
     args = [
-        *rows.add("DT", dt, columns), pointer(A), *rows.add("W", weight, lanes.states),
-        *rows.add("Z", dt if z is None else z, columns, given=z is not None),
-        pointer(dt_bias), *rows.documents(seq_idx), *rows.add("V", value, columns),
-        pointer(carried), lanes.segments, b, l, e, n,
+        *rows.add("DT", dt), pointer(A), *rows.add("W", weight), *rows.add("Z", z),
+        pointer(dt_bias), *rows.documents(seq_idx), *rows.add("V", value), pointer(carried),
+        lanes.segments, b, l, e, n,
     ]  # fmt: skip
-    shared = _shared_bytes(lanes, rows, staged=2, b_c=1)
-    settings = _settings(lanes, n, rows, dt_softplus, seq_idx, shared) | {"FORWARD": int(forward)}
-    grid = (lanes.blocks(b, e), lanes.segments - 1)
-    launch(Launch("scan_carry", settings, grid, lanes.warps * WARP, shared, args), dt.device)
+    kernel = rows.kernel("scan_carry", n, dt_softplus, (("FORWARD", int(forward)),))
+    launch(kernel, (lanes.blocks(b, e), lanes.segments - 1), args, dt.device)
 
 
 def saved_shape(b: int, l: int, e: int, n: int) -> tuple[int, ...]:
@@ -226,30 +215,25 @@ def saved_shape(b: int, l: int, e: int, n: int) -> tuple[int, ...]:
 
 
 class _Rows:
-    """Arguments and compile-time settings of tensors that have a row for each step."""
+    """The arguments of a kernel that have a row for each step, and what follows from them."""
 
-    def __init__(self, reverse: bool) -> None:
-        self.reverse = reverse
-        self.settings: dict[str, str | int] = {}
-        self._sizes: dict[str, int] = {}
+    def __init__(self, lanes: Lanes, reverse: bool, like: Tensor) -> None:
+        self.lanes, self.reverse, self.like = lanes, reverse, like
+        # Name, dtype, and how many neighbours one access takes.
+        self.layouts: list[tuple[str, torch.dtype, int]] = []
+        self._has_documents = False
 
-    def add(self, name: str, T: Tensor, columns: int, *, given: bool = True) -> list[int]:
+    def add(self, name: str, T: Tensor | None) -> list[int]:
         """Declare a (b, l, ...) tensor under a name; its arguments: place and strides."""
-        self.settings |= {f"{name}_T": FORMATS[T.dtype], f"{name}_VEC": _vector(T, columns)}
-        self._sizes[name] = T.element_size()
-        return [self.first(T) if given else 0, *self.strides(T)]
-
-    def raw_bytes(self, lanes: Lanes) -> int:
-        """Shared memory of their tiles; each row of a tile has 16 bytes of padding."""
-        total = 0
-        for name, size in self._sizes.items():
-            columns = lanes.states if name in "BCW" else lanes.channels
-            tile = -(-TILE * (columns * size + 16) // 16) * 16
-            total += tile * (1 if name == "Y" else lanes.buffers)
-        return total
+        # Where there is none, the kernel is made as if there were one.
+        shown = self.like if T is None else T
+        columns = self.lanes.states if name in PER_STATE else self.lanes.channels
+        self.layouts.append((name, shown.dtype, _vector(shown, columns)))
+        return [0 if T is None else self.first(T), *self.strides(shown)]
 
     def documents(self, seq_idx: Tensor | None) -> list[int]:
         """The same of the documents' numbers, which may be missing."""
+        self._has_documents = seq_idx is not None
         return [0, 0, 0] if seq_idx is None else [self.first(seq_idx), *self.strides(seq_idx)]
 
     def first(self, T: Tensor) -> int:
@@ -257,9 +241,17 @@ class _Rows:
         last = (T.shape[1] - 1) * T.stride(1) * T.element_size() if self.reverse else 0
         return T.data_ptr() + last
 
-    def strides(self, T: Tensor) -> list[int]:
+    def strides(self, T: Tensor) -> tuple[int, int]:
         """Numbers from row to row, and from a step to the next in time."""
-        return [T.stride(0), -T.stride(1) if self.reverse else T.stride(1)]
+        return T.stride(0), -T.stride(1) if self.reverse else T.stride(1)
+
+    def kernel(
+        self, name: str, n: int, softplus: bool, more: tuple[tuple[str, int], ...] = ()
+    ) -> Kernel:
+        """The kernel for these tensors."""
+        return _kernel(
+            name, self.lanes, n, softplus, self._has_documents, tuple(self.layouts), more
+        )
 
 
 def _vector(T: Tensor, columns: int) -> int:
@@ -276,24 +268,46 @@ def _divisor(most: int, *counts: int) -> int:
     return most
 
 
-def _settings(
-    lanes: Lanes, n: int, rows: _Rows, softplus: bool, seq_idx: Tensor | None, shared: int
-) -> dict[str, str | int]:
-    """What every kernel is compiled with."""
-    sizes = {
-        "S": lanes.S,
-        "SL": lanes.SL,
-        "WARPS": lanes.warps,
-        "EXACT": int(n == lanes.S * lanes.SL),
-    }
-    sizes |= {"BUFFERS": lanes.buffers, "SHARED": shared, "SEQ": int(seq_idx is not None)}
-    return sizes | {"SOFTPLUS": int(softplus)} | rows.settings
+@lru_cache(1024)
+def _kernel(
+    name: str,
+    lanes: Lanes,
+    n: int,
+    softplus: bool,
+    has_documents: bool,
+    layouts: tuple[tuple[str, torch.dtype, int], ...],
+    more: tuple[tuple[str, int], ...],
+) -> Kernel:
+    """A kernel for tensors of these layouts."""
+    settings: dict[str, str | int] = dict(more)
+    for letter, dtype, vector in layouts:
+        settings |= {f"{letter}_T": FORMATS[dtype], f"{letter}_VEC": vector}
+    S, SL, warps = lanes.S, lanes.SL, lanes.warps
+    shared = _shared_bytes(name, lanes, layouts)
+    settings |= {"S": S, "SL": SL, "WARPS": warps, "EXACT": int(n == S * SL)}
+    settings |= {"SOFTPLUS": int(softplus), "SEQ": int(has_documents), "SHARED": shared}
+    settings |= {"BUFFERS": lanes.buffers, "UNROLL": 4 if S <= 4 else 2}
+    return Kernel(name, settings, warps * WARP, shared)
 
 
-def _shared_bytes(lanes: Lanes, rows: _Rows, *, staged: int, b_c: int, more: int = 0) -> int:
-    """Shared memory: `staged` float32 rows a channel, `b_c` a state, `more` numbers; raw tiles."""
-    floats = lanes.channels * (staged * PITCH + 2) + b_c * lanes.states * PITCH + TILE + more
-    return 4 * floats + rows.raw_bytes(lanes) + 64
+def _shared_bytes(
+    name: str, lanes: Lanes, layouts: tuple[tuple[str, torch.dtype, int], ...]
+) -> int:
+    """At most the size of a kernel's `Shared`; the kernel checks it when it is compiled."""
+    channels, states = lanes.channels, lanes.states
+    # Rows of a tile in float32, of each channel and of each state, and what else there is.
+    per_channel, per_state = {"scan_forward": (2, 2), "scan_backward": (3, 2)}.get(name, (2, 1))
+    numbers = channels * (per_channel * PITCH + 2) + per_state * states * PITCH + TILE
+    if name == "scan_backward":
+        numbers += 4 * channels * TILE + (TILE // lanes.run - 1) * lanes.S * lanes.warps * WARP
+        numbers += 2 * lanes.warps * lanes.run * 2 * lanes.S * lanes.SL
+    raw = 0
+    for letter, dtype, _ in layouts:
+        columns = states if letter in PER_STATE else channels
+        # Each row of a tile has 16 bytes of padding.
+        tile = -(-TILE * (columns * dtype.itemsize + 16) // 16) * 16
+        raw += tile * (1 if letter == "Y" else lanes.buffers)
+    return 4 * numbers + raw + 64
 
 
 def _weights(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -308,11 +322,6 @@ def _rowwise(*tensors: Tensor | None) -> list[Tensor | None]:
         None if T is None else T.detach() if T.stride(-1) == 1 else T.detach().contiguous()
         for T in tensors
     ]
-
-
-def _sum(parts: Tensor) -> Tensor:
-    """The sum over the first axis."""
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 # Warps on each multiprocessor below which the length is cut into segments, and with them.

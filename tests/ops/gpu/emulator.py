@@ -33,14 +33,13 @@ extern "C" void run(long long* args, int blocks, int layers, int threads, int sh
 """
 
 
-def launch(call: cuda.Launch, device: torch.device) -> None:
-    """Run a call to its end; tensors are on the CPU."""
-    args = (ctypes.c_longlong * len(call.args))(*call.args)
-    run = _library(source(call)).run
-    run(args, *call.grid, call.threads, call.shared)
+def launch(kernel: cuda.Kernel, grid, args, device: torch.device) -> None:
+    """Run a kernel to its end; tensors are on the CPU."""
+    run = _library(source(kernel, len(args))).run
+    run((ctypes.c_longlong * len(args))(*args), *grid, kernel.threads, kernel.shared)
 
 
-def source(call: cuda.Launch) -> str:
+def source(call: cuda.Kernel, arguments: int) -> str:
     """The kernel as a C++ file."""
     machine = (cuda.SOURCES / "machine.cuh").read_text()
     text = cuda.source_of(call.name, call.settings).removeprefix(machine)
@@ -48,7 +47,7 @@ def source(call: cuda.Launch) -> str:
     signature = re.search(rf"{call.name}\((.*?)\) \{{", text, re.DOTALL)
     assert signature is not None
     types = [part.rsplit(maxsplit=1)[0] for part in signature[1].replace("*", "* ").split(",")]
-    assert len(types) == len(call.args)
+    assert len(types) == arguments
     values = ", ".join(f"({kind})args_[{i}]" for i, kind in enumerate(types))
     return MACHINE.read_text() + text + WRAPPER.format(call=f"{call.name}({values})")
 

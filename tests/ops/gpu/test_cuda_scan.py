@@ -190,7 +190,7 @@ def test_small_steps_keep_their_precision():  # log(1 + u) near 1
 def test_kernels_compile_for_every_card(arch, monkeypatch, tmp_path):
     monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(selective_scan, "launch", lambda call, device: calls.append(call))
+    monkeypatch.setattr(selective_scan, "launch", lambda kernel, *_: calls.append(kernel))
     for n, dtype, seq_idx in ((16, BF16, False), (64, BF16, False), (256, F32, True)):
         args = drawn(70, n, dtype, e=64)
         if not seq_idx:
