@@ -1,8 +1,11 @@
 """The CUDA C++ scan: on a GPU where there is one, else its threads run one after the other on the
 CPU (emulator.py). Both against the reference in float64."""
 
+import contextlib
+import ctypes
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,3 +277,31 @@ def test_more_than_two_to_the_31_numbers():
     # The state forgets what is 150 steps old.
     assert_near(y[:, -50:], near[:, -50:], 1.2e-2)
     assert_near(last, state, 1e-5)
+
+
+def test_a_launch_hands_over_every_argument(monkeypatch):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    seen = []
+
+    def launched(function, *rest):
+        *sizes, stream, places, extra = rest
+        values = (ctypes.c_void_p * 3).from_address(places)
+        numbers = [ctypes.c_int64.from_address(place).value for place in values]
+        seen.append((function, sizes, stream, numbers, extra))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    loads = []
+    monkeypatch.setattr(driver, "cuLaunchKernel", launched)
+    monkeypatch.setattr(cuda, "_load", lambda kernel, device: loads.append(device) or "function")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    kernel = cuda.Kernel("scan_forward", {}, 128, 4096)
+    for _ in range(2):
+        cuda.launch(kernel, (5, 2), [2**40, -3, 0], torch.device("cuda", 0))
+    assert seen == 2 * [("function", [5, 2, 1, 128, 1, 1, 4096], 7, [2**40, -3, 0], 0)]
+    assert loads == [torch.device("cuda", 0)]
+    failed = (driver.CUresult.CUDA_ERROR_INVALID_VALUE,)
+    monkeypatch.setattr(driver, "cuLaunchKernel", lambda *_: failed)
+    with pytest.raises(BackendError, match="CUDA_ERROR_INVALID_VALUE"):
+        cuda.launch(kernel, (5, 2), [], torch.device("cuda", 0))
