@@ -113,7 +113,9 @@ class GpuPlan(KeepingPlan):
         """A product, into the room `name` or added to the rows `add_to`."""
         norm = self._later.get(x)
         # Numbers in float16 might overflow before they are normalised.
-        fits = self.batch <= tiles.MATVEC_ROWS or self._between != torch.float16
+        fits = self.batch <= tiles.MATVEC_ROWS or (
+            self._between != torch.float16 and self.batch <= tiles.NORM_ROWS
+        )
         if isinstance(norm, _Norm) and norm.groups == 1 and norm.z is None and fits:
             self._swallow(x)
         else:
@@ -137,7 +139,7 @@ class GpuPlan(KeepingPlan):
             kernel._conv, (-(-e // E), -(-self.batch // R)),
             x=x, x_pitch=x.pitch, state=self._state(k - 1, e), weight=self._readable(weight),
             bias=self._readable(bias), y=y, y_pitch=y.pitch, proj=None, scale=None, parts=None,
-            rows=self.batch, e=e, TAPS=k, T=tiles.power(k), SILU=silu, OUT=1, P=1, E=E, R=R,
+            rows=self.batch, e=e, TAPS=k, SILU=silu, OUT=1, P=1, E=E, R=R, IN=self._factors(),
             num_warps=warps,
         )  # fmt: skip
         return y
@@ -177,7 +179,8 @@ class GpuPlan(KeepingPlan):
             x=x, x_pitch=x.pitch, A=self._readable(A), D=self._readable(D), z=z,
             z_pitch=0 if z is None else z.pitch, state=self._state(e, n), y=y, y_pitch=y.pitch,
             rows=self.batch, e=e, STATES=n, S=tiles.power(n), W=tiles.power(args["RANK"]),
-            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, num_warps=warps, **args,
+            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, G=8 if R == 1 else 1,
+            IN=self._factors(), num_warps=warps, **args,
         )  # fmt: skip
         return y
 
@@ -305,18 +308,19 @@ class GpuPlan(KeepingPlan):
             "rows": self.batch, "INNER": inner, "NORM": norm is not None, "ADD": add,
         }  # fmt: skip
         if self.batch <= tiles.MATVEC_ROWS:
-            N, K, warps = tiles.matvec(out, inner, self.batch)
-            args |= {"B": tiles.power(self.batch), "N": N, "K": K, "num_warps": warps}
-            self._launch(kernel._matvec, (-(-out // N),), **args)
+            J, K, ahead, warps = tiles.matvec(out, inner, self.batch)
+            args |= {
+                "B": tiles.power(self.batch), "N": warps, "J": J, "K": K, "AHEAD": ahead,
+                "num_warps": warps,
+            }  # fmt: skip
+            self._launch(kernel._matvec, (-(-out // (warps * J)),), **args)
             return
         N, B, K, warps, deep = tiles.matmul(out, inner, self.batch, self._between)
         if norm is None and self._between.itemsize == 2 and x in self._places.values():
             # Nobody else reads it: half the bytes.
             self._narrow[x.start] = self._between
         args |= {"B": B, "N": N, "K": K, "num_warps": warps, "num_stages": deep}
-        # Triton's interpreter has no products of bfloat16.
-        numbers = self._between if self.device.type == "cuda" else torch.float32
-        args["IN"] = getattr(tl, str(numbers).removeprefix("torch."))
+        args["IN"] = self._factors()
         self._launch(kernel._matmul, (-(-out // N), -(-self.batch // B)), **args)
 
     def _launch_norm(self, stage: _Norm, y: Rows) -> None:
@@ -417,6 +421,12 @@ class GpuPlan(KeepingPlan):
             copy.copy_(T)
         for what, grid, args in self._launches:
             what[grid](**{k: self._view(v) if isinstance(v, Rows) else v for k, v in args.items()})
+
+    def _factors(self) -> Any:
+        """What tensor cores multiply: what the model's layers hand to each other."""
+        # Triton's interpreter has no products of bfloat16.
+        numbers = self._between if self.device.type == "cuda" else torch.float32
+        return getattr(tl, str(numbers).removeprefix("torch."))
 
     def _view(self, rows: Rows) -> Tensor:
         """An activation in the workspace."""

@@ -12,6 +12,8 @@ PROGRAMS = 132
 # Up to so many rows, products are sums of numbers; beyond, registers run short, and tensor cores do
 # 16 rows at once.
 MATVEC_ROWS = 2
+# Up to so many, every program of a product normalises them again; beyond, that is read too often.
+NORM_ROWS = 16
 # Up to so many, a program takes few channels, as there are few programs.
 FEW_ROWS = 8
 # Over so many blocks of channels the product behind a convolution is divided, at most.
@@ -23,14 +25,13 @@ def power(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int]:
-    """Outputs and inputs of a program at a time, and its warps."""
-    rows = power(rows)
-    K = min(power(inner), max(1024 // rows, 128))
-    N = max(1, 8192 // (rows * K))
-    while N > 1 and out // N < PROGRAMS:
-        N //= 2
-    return N, K, 4
+def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int, int]:
+    """Outputs of a warp, inputs at a time, such blocks on their way, and a program's warps."""
+    J = 1
+    while J < 4 and out // (8 * J) >= 2 * PROGRAMS:
+        J *= 2
+    # 16 bytes a lane; 64 registers of weights on their way.
+    return J, min(power(inner), 256), 16 // J, 4
 
 
 def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
@@ -47,15 +48,20 @@ def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, in
 
 def conv(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
-    E = max(32 if rows <= FEW_ROWS else 64, power(-(-e // PARTS)))
-    return E, 1, 4 if E < 128 else 8
+    if rows <= MATVEC_ROWS:
+        E = max(64, power(-(-e // PARTS)))
+        return E, 1, 4 if E < 128 else 8
+    E = max(64, power(-(-e // PARTS)))
+    return E, 16 if rows > 8 else 8, 4 if E < 128 else 8
 
 
 def scan(e: int, rows: int) -> tuple[int, int, int]:
     """Channels and rows of a program, and its warps."""
-    return 16 if rows * e <= 2048 else 32 if rows <= FEW_ROWS else 64, 1, 4
+    if rows <= MATVEC_ROWS:
+        return 16 if rows * e <= 2048 else 32, 1, 4
+    return (32, 4, 4) if rows <= 16 else (64, 8, 4)
 
 
 def ssd(head: int, rows: int) -> tuple[int, int]:
     """Channels of a program, and its warps."""
-    return min(16, power(head)), 4
+    return min(16 if rows <= FEW_ROWS else 64, power(head)), 4
