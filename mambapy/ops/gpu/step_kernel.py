@@ -146,37 +146,37 @@ def _weights(w, n, out, k, INNER: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _matmul(x, x_pitch, w, bias, scale, norm, eps, y, y_pitch, out, rows,
-            INNER: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, B: tl.constexpr,
-            N: tl.constexpr, K: tl.constexpr, IN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """`_matvec` for B rows of many, in products of numbers of type IN."""
+def _matmul(x, x_pitch, w, bias, scale, y, y_pitch, out, rows,
+            INNER: tl.constexpr, ADD: tl.constexpr, B: tl.constexpr, N: tl.constexpr,
+            K: tl.constexpr, PART: tl.constexpr, IN: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """N outputs of y = W x for B rows of many, in products of numbers of type IN.
+
+    Of PART inputs: the next as many go to the next y.
+    """
     _start(PDL)
     n = tl.program_id(0) * N + tl.arange(0, N)
     b = tl.program_id(1) * B + tl.arange(0, B)
+    # What is not there is read as the last, and not written.
     from_here = tl.minimum(n, out - 1).to(tl.int64)[:, None] * INNER
+    first = tl.program_id(2) * PART
+    y += tl.program_id(2) * rows * y_pitch
     if PDL:
         if tl.program_id(1) == 0:
-            _prefetch(w, from_here, INNER)
-    acc = tl.zeros((N, B), tl.float32)
-    squares = tl.zeros((K, B), tl.float32)
+            _prefetch(w, from_here, first, INNER, PART)
     read = tl.minimum(b, rows - 1)[None, :] * x_pitch
+    acc = tl.zeros((N, B), tl.float32)
     _wait(PDL)
-    for start in range(0, INNER, K):
-        k = start + tl.arange(0, K)
-        if INNER % K == 0:
+    for start in range(0, PART, K):
+        k = first + start + tl.arange(0, K)
+        if INNER % PART == 0 and PART % K == 0:
             a = tl.load(w + from_here + k[None, :])
             v = tl.load(x + read + k[:, None])
         else:
-            a = tl.load(w + from_here + k[None, :], mask=k[None, :] < INNER, other=0.0)
-            v = tl.load(x + read + k[:, None], mask=k[:, None] < INNER, other=0.0)
-        if NORM:
-            v = v.to(tl.float32)
-            squares += v * v
-            if norm is not None:
-                v *= _row(norm, k, k < INNER)[:, None]
+            mine = k < tl.minimum(first + PART, INNER)
+            a = tl.load(w + from_here + k[None, :], mask=mine[None, :], other=0.0)
+            v = tl.load(x + read + k[:, None], mask=mine[:, None], other=0.0)
         acc = tl.dot(a.to(IN), v.to(IN), acc, input_precision="ieee")
-    if NORM:
-        acc *= (1 / tl.sqrt_rn(tl.sum(squares, axis=0) / INNER + eps))[None, :]
     n, b = n[:, None], b[None, :]
     at, mask = b * y_pitch + n, (n < out) & (b < rows)
     before = _row(y, at, mask) if ADD else 0.0
@@ -184,14 +184,15 @@ def _matmul(x, x_pitch, w, bias, scale, norm, eps, y, y_pitch, out, rows,
 
 
 @triton.jit
-def _prefetch(w, rows, INNER: tl.constexpr):
-    """Bring rows of w into the second cache."""
+def _prefetch(w, rows, first, INNER: tl.constexpr, PART: tl.constexpr):
+    """Bring PART columns of rows of w into the second cache."""
     # A line has 128 bytes.
     LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-    for start in range(0, INNER, 8 * LINE):
-        k = tl.minimum(start + tl.arange(0, 8) * LINE, INNER - 1)
+    for start in range(0, PART, 8 * LINE):
+        k = first + tl.minimum(start + tl.arange(0, 8) * LINE, PART - 1)
+        at = w + rows + tl.minimum(k, INNER - 1)[None, :]
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(w + rows + k[None, :]).to(tl.int64)],
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
@@ -217,10 +218,10 @@ def _norm(x, x_pitch, z, z_pitch, weight, eps, y, y_pitch,
 @triton.jit
 def _conv(x, x_pitch, state, weight, bias, y, y_pitch, proj, scale, parts, rows, e,
           TAPS: tl.constexpr, SILU: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr,
-          E: tl.constexpr, R: tl.constexpr, IN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """E channels of R rows through the convolution; what they add to proj (OUT, e) y, in parts.
+          E: tl.constexpr, R: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """E channels of R rows through the convolution; of one, what they add to proj (OUT, e) y.
 
-    Part i, row r begins at parts + (i * rows + r) * OUT. Several rows make it in products of IN.
+    Part i of that, row r begins at parts + (i * rows + r) * OUT.
     """
     _start(PDL)
     block, p = tl.program_id(0), tl.arange(0, P)
@@ -252,10 +253,7 @@ def _conv(x, x_pitch, state, weight, bias, y, y_pitch, proj, scale, parts, rows,
         tl.store(old + j * e, window[j + 1], mask=here)
     tl.store(y + row * y_pitch + c, value, mask=here)
     if proj is not None:
-        if R == 1:
-            part = tl.sum(a.to(tl.float32) * value, axis=1)[None, :]
-        else:
-            part = tl.dot(value.to(IN), tl.trans(a.to(IN)), input_precision="ieee")
+        part = tl.sum(a.to(tl.float32) * value, axis=1)[None, :]
         p = p[None, :]
         if scale is not None:
             part *= _row(scale, p, p < OUT)
@@ -316,9 +314,9 @@ def _scan(x, x_pitch, dt, dt_pitch, dt_weight, dt_bias, A, B, C, bc_pitch,
         up = tl.load(dt_weight + c[:, None] * RANK + r[None, :],
                      mask=inside[:, None] & (r < RANK)[None, :], other=0.0)  # fmt: skip
     if D is not None:
-        skip = _row(D, c, inside)[None, :]
+        skip = _row(D, c[None, :] + 0 * read[:, None], inside[None, :])
     if dt_bias is not None:
-        bias = _row(dt_bias, c, inside)[None, :]
+        bias = _row(dt_bias, c[None, :] + 0 * read[:, None], inside[None, :])
     _wait(PDL)
     # All loads come first; what is calculated waits for other threads.
     if dt_weight is not None:

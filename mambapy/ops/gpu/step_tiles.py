@@ -12,8 +12,6 @@ PROGRAMS = 132
 # Up to so many rows, products are sums of numbers; beyond, registers run short, and tensor cores do
 # 16 rows at once.
 MATVEC_ROWS = 2
-# Up to so many, every program of a product normalises them again; beyond, that is read too often.
-NORM_ROWS = 16
 # Up to so many, a program takes few channels, as there are few programs.
 FEW_ROWS = 8
 # Over so many blocks of channels the product behind a convolution is divided, at most.
@@ -36,14 +34,11 @@ def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int, int]:
 
 def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """Outputs, rows and inputs of a program at a time, its warps, and loads in flight."""
-    N, warps = (16, 4) if out <= 2048 else (32, 4) if out <= 16384 else (64, 8)
-    B = min(max(power(rows), 16), 64)
-    while B > 16 and -(-out // N) * -(-rows // B) < PROGRAMS:
-        B //= 2
-    # 8 kB of weights at a time, as far as there is shared memory for x beside them. Products of
-    # float32 have no tensor cores, and are written out in full.
-    K = min(4096 // N, 8192 // B) if dtype.itemsize == 2 else 32
-    return N, B, min(K, max(power(inner), 16)), warps, 4
+    N, warps = (16, 4) if out < 512 else (32, 4) if out <= 1024 else (64, 4)
+    B = 16 if out < 16384 else min(max(power(rows), 16), 64)
+    # Products of float32 have no tensor cores, and are written out in full.
+    K = 128 if dtype.itemsize == 2 else 32
+    return N, B, min(K, max(power(inner), 16)), warps if out < 16384 else 8, 4
 
 
 def conv(e: int, rows: int) -> tuple[int, int, int]:
@@ -51,8 +46,17 @@ def conv(e: int, rows: int) -> tuple[int, int, int]:
     if rows <= MATVEC_ROWS:
         E = max(64, power(-(-e // PARTS)))
         return E, 1, 4 if E < 128 else 8
-    E = max(64, power(-(-e // PARTS)))
-    return E, 16 if rows > 8 else 8, 4 if E < 128 else 8
+    return 128, 1 if rows <= 16 else 4, 4
+
+
+def apart(out: int, inner: int, rows: int) -> bool:
+    """Whether the product (out, inner) behind a convolution is better a kernel of its own."""
+    return rows > MATVEC_ROWS or out * inner > 400_000
+
+
+def parts(inner: int, rows: int) -> int:
+    """In how many parts that product is then calculated, which the scan adds up."""
+    return 4 if rows > MATVEC_ROWS and inner % 512 == 0 else 1
 
 
 def scan(e: int, rows: int) -> tuple[int, int, int]:
