@@ -46,8 +46,10 @@ class Snapshot:
         pairs = [(D, name) for D, name in pairs if name in D or name == "forward"]
         self._own = [D for D, _ in pairs]
         self._names = [name for _, name in pairs]
+        self._filled = [table for table in self._tables if table]
+        self._empty = [table for table in self._tables if not table]
+        self._counts = list(map(len, self._filled))
         self._values = list(self._seen())
-        self._counts = list(map(len, self._tables))
         tables = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
         self._hooks = list(tables.values())
         self._sizes = list(map(len, self._hooks))
@@ -58,7 +60,8 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether all of it is as it was; asked before every step, so it must be quick."""
         return (
-            list(map(len, self._tables)) == self._counts
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._counts
             and all(map(is_, self._seen(), self._values))
             and list(map(Tensor.data_ptr, self._parameters)) == self._places
             and list(map(_dtype, self._parameters)) == self._dtypes
@@ -67,7 +70,7 @@ class Snapshot:
 
     def _seen(self) -> Iterator[Any]:
         """What the modules consist of."""
-        parts = chain.from_iterable(map(dict.values, self._tables))
+        parts = chain.from_iterable(map(dict.values, self._filled))
         return chain(parts, map(dict.get, self._own, self._names))
 
 
@@ -205,7 +208,10 @@ class Decoder:
             return result
         assert isinstance(planned.plan, KeepingPlan)
         planned.plan.advance([self._model.step_input(token)])
-        return self._model.step_output(planned.plan.result(planned.output))
+        seen = planned.plan.look(planned.output)
+        result = self._model.step_output(seen)
+        # Most often that was a conversion, and so a copy already.
+        return result.clone() if result.data_ptr() == seen.data_ptr() else result
 
     @property
     def state(self) -> ModelState:
