@@ -40,18 +40,18 @@ class Snapshot:
         modules = list(model.modules())
         # Only what is called in a step can have a hook that matters.
         leaves = [module for module in modules if not module._modules]
-        self._tables = [T for M in modules for T in (M._modules, M._parameters)]
+        tables: list[dict[str, Any]] = [T for M in modules for T in (M._modules, M._parameters)]
         # What a layer has not, but for a `forward` of its own, it does not read.
         pairs = [(M.__dict__, name) for M in leaves for name in READ]
         pairs = [(D, name) for D, name in pairs if name in D or name == "forward"]
         self._own = [D for D, _ in pairs]
         self._names = [name for _, name in pairs]
-        self._filled = [table for table in self._tables if table]
-        self._empty = [table for table in self._tables if not table]
+        self._filled = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]
         self._counts = list(map(len, self._filled))
         self._values = list(self._seen())
-        tables = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
-        self._hooks = list(tables.values())
+        hooks = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
+        self._hooks = list(hooks.values())
         self._sizes = list(map(len, self._hooks))
         self._parameters = [P for M in modules for P in M._parameters.values() if P is not None]
         self._places = list(map(Tensor.data_ptr, self._parameters))

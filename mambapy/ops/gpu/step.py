@@ -9,6 +9,9 @@ a model says in single stages:
                                      scan, which adds them up and makes dt from them
     ssd -> gated_norm -> linear      two: the gate belongs to the ssd, the norm to the product
 
+Of many rows, or in large models, what would be done again too often is a kernel of its own: norms,
+and the first product behind the convolution.
+
 To that end a norm or a product waits in `_later` until something reads it, and becomes part of
 that, or is launched by itself. States live in the plan and are changed in place.
 """
@@ -301,9 +304,7 @@ class GpuPlan(KeepingPlan):
             "RANK": up.x.width, "NORM": bool(norms),
         }  # fmt: skip
 
-    def _launch_linear(
-        self, stage: _Linear, y: Rows, *, add: bool = False, parts: int = 1
-    ) -> None:
+    def _launch_linear(self, stage: _Linear, y: Rows, *, add: bool = False, parts: int = 1) -> None:
         """Launch a product; of many rows perhaps in parts, each over a share of the inputs."""
         (weight, bias, scale), norm = stage.weights, stage.norm
         (x,) = stage.reads()

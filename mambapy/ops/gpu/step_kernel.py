@@ -2,17 +2,19 @@
 
     _embed    rows of the embedding
     _matvec   y (+)= W norm(x) for few rows: multiply and sum, W read once for all rows
-    _matmul   the same for many rows, on the tensor cores
+    _matmul   y (+)= W x for many rows, on the tensor cores
     _norm     a norm of its own, gated or in groups
-    _conv     the convolution, and its share of the product behind it (x_proj)
+    _conv     the convolution, and of few rows its share of the product behind it (x_proj)
     _scan     Mamba-1's recurrence, with the product that makes dt, inner norms, gate
     _ssd      Mamba-2's, with the gate
 
 Activations are (b, width) rows, `pitch` numbers apart; all arithmetic is in float32. States are
 changed in place: a program reads its part of one, waits for all its own threads, and writes it.
 
-With PDL, a kernel starts while the one before it still runs: what no kernel writes (weights) can
-be read at once, everything else only after `_wait`.
+With PDL, a kernel starts while the one before it still runs, and even those before that: what no
+kernel writes (weights) can be read at once, everything else only after `_wait`. States too are read
+at once: only the kernel itself writes its own, and the first kernel of a step has no PDL, so the
+last step is over. At one row that is most of the work: what is left behind `_wait` is a row.
 """
 
 import triton
@@ -138,7 +140,7 @@ def _matvec(x, x_pitch, w, bias, scale, norm, eps, y, y_pitch, out, rows,
 
 @triton.jit
 def _weights(w, n, out, k, INNER: tl.constexpr, K: tl.constexpr):
-    """Weights, which nobody reads again in this step; of an output that is not there, the last's."""
+    """Weights, which nobody reads again in this step; the last output's, where there is none."""
     at = w + tl.minimum(n, out - 1).to(tl.int64) * INNER + k
     if INNER % K == 0:
         return tl.load(at, eviction_policy="evict_first")
@@ -162,8 +164,7 @@ def _matmul(x, x_pitch, w, bias, scale, y, y_pitch, out, rows,
     first = tl.program_id(2) * PART
     y += tl.program_id(2) * rows * y_pitch
     if PDL:
-        if tl.program_id(1) == 0:
-            _prefetch(w, from_here, first, INNER, PART)
+        _prefetch(w, from_here, first, INNER, PART)
     read = tl.minimum(b, rows - 1)[None, :] * x_pitch
     acc = tl.zeros((N, B), tl.float32)
     _wait(PDL)
@@ -185,16 +186,17 @@ def _matmul(x, x_pitch, w, bias, scale, y, y_pitch, out, rows,
 
 @triton.jit
 def _prefetch(w, rows, first, INNER: tl.constexpr, PART: tl.constexpr):
-    """Bring PART columns of rows of w into the second cache."""
+    """Bring PART columns of rows of w into the second cache: once for all rows of x."""
     # A line has 128 bytes.
     LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-    for start in range(0, PART, 8 * LINE):
-        k = first + tl.minimum(start + tl.arange(0, 8) * LINE, PART - 1)
-        at = w + rows + tl.minimum(k, INNER - 1)[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    if tl.program_id(1) == 0:
+        for start in range(0, PART, 8 * LINE):
+            k = first + tl.minimum(start + tl.arange(0, 8) * LINE, PART - 1)
+            at = w + rows + tl.minimum(k, INNER - 1)[None, :]
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)],
+                dtype=tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -241,8 +243,8 @@ def _conv(x, x_pitch, state, weight, bias, y, y_pitch, proj, scale, parts, rows,
         a = tl.load(proj + p[:, None] * e + c, mask=(p < OUT)[:, None] & (c < e), other=0.0)
     _wait(PDL)
     window += (_row(x, row * x_pitch + c, here),)
-    value = taps[TAPS - 1] * window[TAPS - 1]
-    for j in tl.static_range(0, TAPS - 1):
+    value = tl.zeros((R, E), tl.float32)
+    for j in tl.static_range(0, TAPS):
         value += taps[j] * window[j]
     if bias is not None:
         value += more
