@@ -12,7 +12,7 @@ import triton
 # Programs that keep every multiprocessor of a large card busy.
 PROGRAMS = 192
 # Up to so many rows, products are sums of numbers; beyond, registers run short, and tensor cores do
-# 8 rows and more at once.
+# 16 rows at once.
 MATVEC_ROWS = 2
 # Up to so many, a program takes few channels, as there are few programs.
 FEW_ROWS = 8
@@ -43,8 +43,8 @@ def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, in
     elif out < 512:
         K = 128
     elif -(-out // 64) * -(-rows // 16) >= PROGRAMS // 4:
-        wide = -(-out // 64) * -(-rows // 32) >= PROGRAMS // 2
-        N, B, K = 64, 8 if rows <= 8 and half else 32 if rows > 16 and wide else 16, 128
+        wide = rows > 16 and -(-out // 64) * -(-rows // 32) >= PROGRAMS // 2
+        N, B, K = 64 if rows > 16 else 32, 32 if wide else 16, 128
     # Products of float32 have no tensor cores, and are written out in full.
     K = K if half else 32
     return N, B, min(K, max(power(inner), 16)), warps, 4
