@@ -8,7 +8,10 @@ Snapshot                whether everything that a plan relies on is still so
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ READ = ("eps", "forward", "max_norm", "n_groups", "norm_before_gate")
 # How many plans a model keeps, of different batch sizes for instance.
 MOST_PLANS = 4
 
+_dtype = attrgetter("dtype")
+
 
 class Snapshot:
     """What a plan has read of a model: its modules, their hooks, where their parameters are.
@@ -35,33 +40,38 @@ class Snapshot:
         modules = list(model.modules())
         # Only what is called in a step can have a hook that matters.
         leaves = [module for module in modules if not module._modules]
-        self._tables = [T for M in modules for T in (M._modules, M._parameters)]
+        tables: list[dict[str, Any]] = [T for M in modules for T in (M._modules, M._parameters)]
         # What a layer has not, but for a `forward` of its own, it does not read.
-        own = ((M.__dict__, name) for M in leaves for name in READ)
-        self._own = [(D, name) for D, name in own if name in D or name == "forward"]
-        # They stay alive here, so that no other can have their ids.
-        self._values = self._seen()
-        self._ids = list(map(id, self._values))
-        tables = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
-        self._hooks = list(tables.values())
+        pairs = [(M.__dict__, name) for M in leaves for name in READ]
+        pairs = [(D, name) for D, name in pairs if name in D or name == "forward"]
+        self._own = [D for D, _ in pairs]
+        self._names = [name for _, name in pairs]
+        self._filled = [table for table in tables if table]
+        self._empty = [table for table in tables if not table]
+        self._counts = list(map(len, self._filled))
+        self._values = list(self._seen())
+        hooks = {id(table): table for leaf in leaves for table in hook_tables(leaf)}
+        self._hooks = list(hooks.values())
         self._sizes = list(map(len, self._hooks))
         self._parameters = [P for M in modules for P in M._parameters.values() if P is not None]
-        self._places = [P.data_ptr() for P in self._parameters]
-        self._dtypes = [P.dtype for P in self._parameters]
+        self._places = list(map(Tensor.data_ptr, self._parameters))
+        self._dtypes = list(map(_dtype, self._parameters))
 
     def holds(self) -> bool:
         """Whether all of it is as it was; asked before every step, so it must be quick."""
         return (
-            list(map(id, self._seen())) == self._ids
-            and [P.data_ptr() for P in self._parameters] == self._places
-            and [P.dtype for P in self._parameters] == self._dtypes
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._counts
+            and all(map(is_, self._seen(), self._values))
+            and list(map(Tensor.data_ptr, self._parameters)) == self._places
+            and list(map(_dtype, self._parameters)) == self._dtypes
             and list(map(len, self._hooks)) == self._sizes
         )
 
-    def _seen(self) -> list[Any]:
+    def _seen(self) -> Iterator[Any]:
         """What the modules consist of."""
-        parts = [part for table in self._tables for part in table.values()]
-        return parts + [D.get(name) for D, name in self._own]
+        parts = chain.from_iterable(map(dict.values, self._filled))
+        return chain(parts, map(dict.get, self._own, self._names))
 
 
 @dataclass
@@ -198,7 +208,10 @@ class Decoder:
             return result
         assert isinstance(planned.plan, KeepingPlan)
         planned.plan.advance([self._model.step_input(token)])
-        return self._model.step_output(planned.plan.result(planned.output))
+        seen = planned.plan.look(planned.output)
+        result = self._model.step_output(seen)
+        # Most often that was a conversion, and so a copy already.
+        return result.clone() if result.data_ptr() == seen.data_ptr() else result
 
     @property
     def state(self) -> ModelState:

@@ -213,6 +213,7 @@ def stream_tokens(
         temperature=temperature,
         eos=eos,
         seed=seed,
+        is_read=False,
     )
     with closing(tokens):
         for token in tokens:
@@ -223,28 +224,29 @@ class _Token:
     """The next token of each row (b,), and whether all rows have ended: on its way to the CPU.
 
     To wait for a number from a GPU stalls it. So numbers are sent when they are ready, and read
-    some tokens later.
+    some tokens later; the tokens themselves if somebody reads them.
     """
 
-    def __init__(self, value: Tensor, ended: Tensor | None) -> None:
+    def __init__(self, value: Tensor, ended: Tensor | None, *, is_read: bool) -> None:
         self.value, self._came = value, None
-        sent = [value] if ended is None else [value, ended.all()[None]]
-        self._sent = [T.to("cpu", non_blocking=True) for T in sent]
-        if value.is_cuda:
+        self._value = value.to("cpu", non_blocking=True) if is_read else None
+        self._ended = None if ended is None else ended.all().to("cpu", non_blocking=True)
+        if value.is_cuda and (is_read or ended is not None):
             self._came = torch.cuda.Event()
             self._came.record()
 
     def read(self) -> list[int]:
         """The tokens."""
         self._wait()
-        return self._sent[0].tolist()
+        assert self._value is not None
+        return self._value.tolist()
 
     def is_last(self) -> bool:
         """Whether all rows have ended."""
-        if len(self._sent) == 1:
+        if self._ended is None:
             return False
         self._wait()
-        return bool(self._sent[1])
+        return bool(self._ended)
 
     def _wait(self) -> None:
         """Until it has come."""
@@ -264,6 +266,7 @@ def _tokens(
     temperature: float,
     eos: int | None,
     seed: int | None,
+    is_read: bool = True,
 ) -> Generator[_Token, None, None]:
     """`stream_tokens`; a GPU is some tokens ahead of what is yielded."""
     _check_sampling(num_tokens, top_k, top_p, temperature, seed)
@@ -286,7 +289,7 @@ def _tokens(
                 if eos is not None:
                     token = torch.where(ended, eos, token)
                     ended = ended | (token == eos)
-                ahead.append(_Token(token, None if eos is None else ended))
+                ahead.append(_Token(token, None if eos is None else ended, is_read=is_read))
                 while len(ahead) > (most_ahead(ids.device) if i + 1 < num_tokens else 0):
                     oldest = ahead.popleft()
                     yield oldest

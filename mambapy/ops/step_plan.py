@@ -133,7 +133,11 @@ class StepPlan(ABC):
 
     def result(self, rows: Rows) -> Tensor:
         """A copy of an activation (b, width) after `run`."""
-        return self._view(rows).clone()
+        return self.look(rows).clone()
+
+    def look(self, rows: Rows) -> Tensor:
+        """An activation (b, width) after `run`, where it lies until the next."""
+        return self._view(rows)
 
     def _view(self, rows: Rows) -> Tensor:
         """An activation in the workspace."""

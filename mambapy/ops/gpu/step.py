@@ -9,6 +9,9 @@ a model says in single stages:
                                      scan, which adds them up and makes dt from them
     ssd -> gated_norm -> linear      two: the gate belongs to the ssd, the norm to the product
 
+Of many rows, or in large models, what would be done again too often is a kernel of its own: norms,
+and the first product behind the convolution.
+
 To that end a norm or a product waits in `_later` until something reads it, and becomes part of
 that, or is launched by itself. States live in the plan and are changed in place.
 """
@@ -112,9 +115,9 @@ class GpuPlan(KeepingPlan):
     ) -> Rows:
         """A product, into the room `name` or added to the rows `add_to`."""
         norm = self._later.get(x)
-        # Numbers in float16 might overflow before they are normalised.
-        fits = self.batch <= tiles.MATVEC_ROWS or self._between != torch.float16
-        if isinstance(norm, _Norm) and norm.groups == 1 and norm.z is None and fits:
+        # Of many rows every program would normalise all.
+        few = self.batch <= tiles.MATVEC_ROWS
+        if few and isinstance(norm, _Norm) and norm.groups == 1 and norm.z is None:
             self._swallow(x)
         else:
             norm = None
@@ -137,7 +140,7 @@ class GpuPlan(KeepingPlan):
             kernel._conv, (-(-e // E), -(-self.batch // R)),
             x=x, x_pitch=x.pitch, state=self._state(k - 1, e), weight=self._readable(weight),
             bias=self._readable(bias), y=y, y_pitch=y.pitch, proj=None, scale=None, parts=None,
-            rows=self.batch, e=e, TAPS=k, T=tiles.power(k), SILU=silu, OUT=1, P=1, E=E, R=R,
+            rows=self.batch, e=e, TAPS=k, SILU=silu, OUT=1, P=1, E=E, R=R,
             num_warps=warps,
         )  # fmt: skip
         return y
@@ -177,7 +180,8 @@ class GpuPlan(KeepingPlan):
             x=x, x_pitch=x.pitch, A=self._readable(A), D=self._readable(D), z=z,
             z_pitch=0 if z is None else z.pitch, state=self._state(e, n), y=y, y_pitch=y.pitch,
             rows=self.batch, e=e, STATES=n, S=tiles.power(n), W=tiles.power(args["RANK"]),
-            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, num_warps=warps, **args,
+            SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, G=8 if R == 1 else 1,
+            IN=self._factors(), num_warps=warps, **args,
         )  # fmt: skip
         return y
 
@@ -260,7 +264,7 @@ class GpuPlan(KeepingPlan):
         up = self._later.get(dt)
         if not isinstance(up, _Linear) or up.weights.scale is not None:
             return None
-        waiting = [up.norm, self._later.get(B), self._later.get(C)]
+        waiting = [up.norm or self._later.get(up.x), self._later.get(B), self._later.get(C)]
         norms = [N for N in waiting if isinstance(N, _Norm) and N.groups == 1 and N.z is None]
         if len(norms) not in (0, 3):
             return None
@@ -274,18 +278,25 @@ class GpuPlan(KeepingPlan):
         last = self._launches[-1]
         if product.x != x or last.kernel is not kernel._conv or last.args["y"] != x:
             return None
-        out, blocks = product.weights.weight.shape[0], last.grid[0]
-        parts = self.rows("parts", blocks * out)
-        last.args.update(
-            proj=self._readable(product.weights.weight), parts=parts, OUT=out, P=tiles.power(out),
-            scale=self._readable(product.weights.scale),
-        )  # fmt: skip
+        self._swallow(whole)
+        out, inner = product.weights.weight.shape
+        if tiles.apart(out, inner, self.batch):
+            blocks = tiles.parts(inner, self.batch)
+            parts = self.rows("parts", blocks * out)
+            self._launch_linear(product, Rows(parts.start, out, out), parts=blocks)
+        else:
+            blocks = last.grid[0]
+            parts = self.rows("parts", blocks * out)
+            last.args.update(
+                proj=self._readable(product.weights.weight), parts=parts, OUT=out,
+                P=tiles.power(out), scale=self._readable(product.weights.scale),
+            )  # fmt: skip
         places = [Rows(parts.start + rows.start - whole.start, out, 1) for rows in sources]
         args: dict[str, Any] = dict(zip(("dt", "B", "C"), places, strict=True))
         for name, N in zip(("dt", "b", "c"), norms or (None, None, None), strict=True):
             args[f"{name}_norm"] = self._readable(N.weight) if N else None
             args[f"{name}_eps"] = N.eps if N else 0.0
-        for rows in (dt, whole, *((B, C) if norms else ())):
+        for rows in (dt, *((B, C) if norms else ()), *((up.x,) if norms and not up.norm else ())):
             self._swallow(rows)
         return args | {
             "dt_pitch": out, "bc_pitch": out, "distance": self.batch * out, "PARTS": blocks,
@@ -293,31 +304,32 @@ class GpuPlan(KeepingPlan):
             "RANK": up.x.width, "NORM": bool(norms),
         }  # fmt: skip
 
-    def _launch_linear(self, stage: _Linear, y: Rows, *, add: bool = False) -> None:
-        """Launch a product."""
+    def _launch_linear(self, stage: _Linear, y: Rows, *, add: bool = False, parts: int = 1) -> None:
+        """Launch a product; of many rows perhaps in parts, each over a share of the inputs."""
         (weight, bias, scale), norm = stage.weights, stage.norm
         (x,) = stage.reads()
         out, inner = weight.shape
         args: dict[str, Any] = {
             "x": x, "x_pitch": x.pitch, "w": self._readable(weight), "bias": self._readable(bias),
-            "scale": self._readable(scale), "norm": self._readable(norm.weight) if norm else None,
-            "eps": norm.eps if norm else 0.0, "y": y, "y_pitch": y.pitch, "out": out,
-            "rows": self.batch, "INNER": inner, "NORM": norm is not None, "ADD": add,
+            "scale": self._readable(scale), "y": y, "y_pitch": y.pitch, "out": out,
+            "rows": self.batch, "INNER": inner, "ADD": add,
         }  # fmt: skip
         if self.batch <= tiles.MATVEC_ROWS:
-            N, K, warps = tiles.matvec(out, inner, self.batch)
-            args |= {"B": tiles.power(self.batch), "N": N, "K": K, "num_warps": warps}
-            self._launch(kernel._matvec, (-(-out // N),), **args)
+            J, K, ahead, warps = tiles.matvec(out, inner, self.batch)
+            args |= {
+                "B": tiles.power(self.batch), "N": warps, "J": J, "K": K, "AHEAD": ahead,
+                "norm": self._readable(norm.weight) if norm else None,
+                "eps": norm.eps if norm else 0.0, "NORM": norm is not None, "num_warps": warps,
+            }  # fmt: skip
+            self._launch(kernel._matvec, (-(-out // (warps * J)),), **args)
             return
         N, B, K, warps, deep = tiles.matmul(out, inner, self.batch, self._between)
-        if norm is None and self._between.itemsize == 2 and x in self._places.values():
-            # Nobody else reads it: half the bytes.
+        if self._between.itemsize == 2 and x in self._places.values():
+            # It is rounded to that in any case: half the bytes.
             self._narrow[x.start] = self._between
-        args |= {"B": B, "N": N, "K": K, "num_warps": warps, "num_stages": deep}
-        # Triton's interpreter has no products of bfloat16.
-        numbers = self._between if self.device.type == "cuda" else torch.float32
-        args["IN"] = getattr(tl, str(numbers).removeprefix("torch."))
-        self._launch(kernel._matmul, (-(-out // N), -(-self.batch // B)), **args)
+        args |= {"B": B, "N": N, "K": K, "PART": -(-inner // parts), "IN": self._factors()}
+        args |= {"num_warps": warps, "num_stages": deep}
+        self._launch(kernel._matmul, (-(-out // N), -(-self.batch // B), parts), **args)
 
     def _launch_norm(self, stage: _Norm, y: Rows) -> None:
         """Launch a norm by itself."""
@@ -417,6 +429,12 @@ class GpuPlan(KeepingPlan):
             copy.copy_(T)
         for what, grid, args in self._launches:
             what[grid](**{k: self._view(v) if isinstance(v, Rows) else v for k, v in args.items()})
+
+    def _factors(self) -> Any:
+        """What tensor cores multiply: what the model's layers hand to each other."""
+        # Triton's interpreter has no products of bfloat16.
+        numbers = self._between if self.device.type == "cuda" else torch.float32
+        return getattr(tl, str(numbers).removeprefix("torch."))
 
     def _view(self, rows: Rows) -> Tensor:
         """An activation in the workspace."""
