@@ -210,10 +210,11 @@ def info(args: argparse.Namespace) -> None:
     print(f"{'devices':9}{', '.join([*devices, *names])}")
     for device, rows in facts["backends"].items():
         print(f"\nbackends on {device}, in the order in which auto tries them (* is its choice):")
+        width = 2 + max(len(row["op"]) for row in rows)
         for row in rows:
             mark = "*" if row["chosen"] else " "
             usable = "usable" if row["usable"] else f"not usable: {row['reason']}"
-            print(f"{mark} {row['op']:16}{row['backend']:11}{usable}")
+            print(f"{mark} {row['op']:{width}}{row['backend']:11}{usable}")
 
 
 class _Parser(argparse.ArgumentParser):
