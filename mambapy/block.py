@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mambapy import ops
@@ -121,9 +123,43 @@ def recomputed(
         not torch.compiler.is_compiling() and x.is_cuda and torch.cuda.is_current_stream_capturing()
     )
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not capturing}
-    if keep:
+    if keep and torch.compiler.is_compiling():
         options["context_fn"] = partial(create_selective_checkpoint_contexts, list(keep))
+    elif keep:
+        options["context_fn"] = partial(_keeping, keep)
     return checkpoint(function, x, *args, **options)
+
+
+def _keeping(operators: Sequence[OpOverload]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of a checkpoint's two passes: one notes what operators return, one gives it back.
+
+    Unlike torch's own they serve any number of backward passes.
+    """
+    kept: list[Any] = []
+    detach = partial(tree_map_only, Tensor, torch.detach)
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function in operators:
+                kept.append(detach(result))
+            return result
+
+    class Recall(TorchDispatchMode):
+        def __enter__(self) -> Any:
+            self.left = iter(kept)
+            return super().__enter__()  # type: ignore[no-untyped-call]
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function in operators:
+                return detach(next(self.left))
+            return function(*args, **(kwargs or {}))
+
+    return Note(), Recall()  # type: ignore[no-untyped-call]
 
 
 class GatedMLP(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambapy import ops
+from mambapy.errors import ShapeError
 from mambapy.layers import hook_tables
 from mambapy.ops.step_plan import KeepingPlan, Rows, StepPlan
 from mambapy.state import ModelState
@@ -158,7 +159,10 @@ class FusedStep(nn.Module):
         """Put a plan away for the next step."""
         self._plans[planned.key] = planned
         while len(self._plans) > MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)), None)
+            # A copy of the keys: another thread may take a plan meanwhile.
+            oldest = [*self._plans][:1]
+            for key in oldest:
+                self._plans.pop(key, None)
 
     def _make_plan(
         self, key: tuple[Any, ...], x: Tensor, dtype: torch.dtype, backend: str
@@ -199,8 +203,14 @@ class Decoder:
         self._op_by_op = False
 
     def __call__(self, token: Tensor) -> Tensor:
-        """Run one token of each row; what the model's `step` returns beside the state."""
+        """Run one token of each row; what the model's `step` returns beside the state.
+
+        Raises:
+            ShapeError: there is not one token for each row of the state.
+        """
         planned = self._planned
+        if len(token) != self._state.batch_size:
+            raise ShapeError(f"{len(token)} tokens for a state of {self._state.batch_size} rows")
         if not self._op_by_op and (planned is None or not planned.snapshot.holds()):
             planned = self._begin(token)
         if planned is None or planned.output is None:
@@ -221,6 +231,7 @@ class Decoder:
 
     def close(self) -> None:
         """Give the plan back to the model, for the next decoder; this one starts again."""
+        self._state = self.state
         if self._planned is not None:
             self._model.keep_plan(self._planned)
         self._planned = None

@@ -12,13 +12,14 @@ The state has a fixed size, so a token costs the same after ten tokens as after 
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mambapy.errors import ConfigError, DataError, ShapeError
+from mambapy.layers import evaluating
 from mambapy.tokenizer import Tokenizer
 
 
@@ -232,8 +233,8 @@ class _Token:
         self._value = value.to("cpu", non_blocking=True) if is_read else None
         self._ended = None if ended is None else ended.all().to("cpu", non_blocking=True)
         if value.is_cuda and (is_read or ended is not None):
-            self._came = torch.cuda.Event()
-            self._came.record()
+            # On the stream of that device, which need not be the current one.
+            self._came = torch.cuda.current_stream(value.device).record_event()
 
     def read(self) -> list[int]:
         """The tokens."""
@@ -277,11 +278,17 @@ def _tokens(
     noise = None if greedy else _noise(ids.shape[0], num_tokens, seed).to(ids.device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     ahead: deque[_Token] = deque()
-    with _eval_mode(model), torch.no_grad():
+    token: Tensor | None = None
+    # Whoever takes a token gets it in the mode he was in himself, and may train meanwhile.
+    with evaluating(model):
         logits, state = model.prefill(ids, mask=mask, logits_to_keep=1)
         logits = logits[:, -1]
-        with closing(_decoder(model, state)) as step:
-            for i in range(num_tokens):
+        decoder = _decoder(model, state)
+    with closing(decoder) as step:
+        for i in range(num_tokens):
+            with evaluating(model):
+                if token is not None:
+                    logits = step(token)
                 if noise is None:
                     token = logits.argmax(dim=-1)
                 else:
@@ -290,13 +297,11 @@ def _tokens(
                     token = torch.where(ended, eos, token)
                     ended = ended | (token == eos)
                 ahead.append(_Token(token, None if eos is None else ended, is_read=is_read))
-                while len(ahead) > (most_ahead(ids.device) if i + 1 < num_tokens else 0):
-                    oldest = ahead.popleft()
-                    yield oldest
-                    if oldest.is_last():
-                        return
-                if i + 1 < num_tokens:
-                    logits = step(token)
+            while len(ahead) > (most_ahead(ids.device) if i + 1 < num_tokens else 0):
+                oldest = ahead.popleft()
+                yield oldest
+                if oldest.is_last():
+                    return
 
 
 def most_ahead(device: torch.device) -> int:
@@ -421,19 +426,6 @@ class _Text:
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self.window)
-
-
-@contextmanager
-def _eval_mode(model: LanguageModel) -> Iterator[None]:
-    """Evaluate, then give the model back in the mode it was in."""
-    training = isinstance(model, nn.Module) and model.training
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        yield
-    finally:
-        if isinstance(model, nn.Module):
-            model.train(training)
 
 
 def _noise(b: int, num_tokens: int, seed: int | None) -> Tensor:

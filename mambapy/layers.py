@@ -1,7 +1,8 @@
 """The small modules that every model here is built from: one copy of each."""
 
-from collections.abc import Callable, Sized
-from typing import ClassVar, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -306,3 +307,18 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
     # A row of zeros has any scale.
     scale = torch.where(scale > 0, scale, 1.0)
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without gradients, every module in evaluation mode; then each in the mode it was in."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -257,3 +257,24 @@ def test_a_token_costs_the_same_after_a_long_prefix():
         return mode.seen
 
     assert calls(4096) == calls(16)
+
+
+def test_a_stream_leaves_its_reader_alone(model):
+    ids = torch.randint(256, (1, 3))
+    model.train()
+    frozen = model.backbone.layers[0]
+    frozen.eval()
+    stream = generation.stream_tokens(model, ids, num_tokens=3)
+    other = generation.stream_tokens(model, ids, num_tokens=3)
+    for _ in zip(stream, other, strict=True):
+        assert torch.is_grad_enabled()
+        assert model.training
+        assert not frozen.training
+        model.loss(ids).backward()
+    model.zero_grad()
+    with torch.no_grad():
+        begun = generation.stream_tokens(model, ids, num_tokens=3)
+        next(begun)
+    begun.close()
+    assert torch.is_grad_enabled()
+    model.eval()

@@ -178,3 +178,26 @@ def test_compiles_whole(level):
     expected = torch.autograd.grad(model.loss(tokens), list(model.parameters()))
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", RECOMPUTE)
+def test_more_than_one_backward_pass(level):
+    model, plain = make("mamba"), make("mamba")
+    model.recompute = level
+    tokens = torch.arange(18).view(2, 9)
+
+    def twice(model):
+        loss = loss_of(model, tokens)
+        first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        again = torch.autograd.grad(loss, list(model.parameters()))
+        return [*first, *again]
+
+    def penalty(model):
+        parameters = list(model.parameters())
+        loss = loss_of(model, tokens)
+        grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)
+
+    for what in (twice, penalty):
+        pairs = zip(what(model), what(plain), strict=True)
+        assert all(torch.equal(got, want) for got, want in pairs)

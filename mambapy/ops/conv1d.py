@@ -186,7 +186,7 @@ def _check(
         raise ShapeError(f"x must be floating point, got {x.dtype}")
     if activation not in (None, "silu"):
         raise ShapeError(f"activation must be 'silu' or None, got {activation!r}")
-    check_seq_idx(seq_idx, b, l)
+    check_seq_idx(seq_idx, b, l, x.device)
 
 
 BACKENDS = dispatch.register(

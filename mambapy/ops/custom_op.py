@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from mambapy.ops.dispatch import is_traced, without_autocast
 
@@ -27,6 +28,22 @@ def nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def transform() -> Any:
     """The innermost torch.func transform (grad, vmap, ...) that is active, or None."""
     return torch._C._functorch.peek_interpreter_stack()
+
+
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    """Raise under forward-mode differentiation, which would see a function without derivative."""
+    active = transform()
+    if active is not None:
+        dual = active.key() == torch._C._functorch.TransformType.Jvp
+    elif forward_ad._current_level >= 0:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        dual = any(forward_ad.unpack_dual(T).tangent is not None for T in tensors)
+    else:
+        dual = False
+    if dual:
+        raise RuntimeError(
+            "this operator has no forward-mode derivative: use an op's backend='reference'"
+        )
 
 
 def _map_rule(call: Call, rows: tuple[int, ...], kind: type) -> Call:
@@ -110,6 +127,8 @@ def differentiable(
         backward = staticmethod(backward_pass)
 
     def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _refuse_tangents(args)
         if not is_traced():
             watched = torch.is_grad_enabled() and any(
                 isinstance(arg, Tensor) and arg.requires_grad for arg in args

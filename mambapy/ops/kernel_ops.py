@@ -13,6 +13,7 @@ from typing import List
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from mambapy.ops import reference
@@ -273,6 +274,9 @@ _call_norm_backward = differentiable(_norm_backward, nothing, never_twice)
 
 def _has_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd watches this call. If not, a kernel is called directly, in half the time."""
+    if forward_ad._current_level >= 0:
+        # The operator says what it thinks of that.
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

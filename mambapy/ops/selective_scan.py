@@ -214,17 +214,21 @@ def _check(
             raise ShapeError(f"{name} is on {tensor.device}, x on {x.device}")
     if not x.is_floating_point():
         raise ShapeError(f"x must be floating point, got {x.dtype}")
-    check_seq_idx(seq_idx, b, l)
+    check_seq_idx(seq_idx, b, l, x.device)
 
 
-def check_seq_idx(seq_idx: Tensor | None, b: int, l: int) -> None:
-    """Raise unless seq_idx, where given, is (b, l) of integers."""
+def check_seq_idx(
+    seq_idx: Tensor | None, b: int, l: int, device: torch.device | None = None
+) -> None:
+    """Raise unless seq_idx, where given, is (b, l) of integers, and on a device, where given."""
     if seq_idx is None:
         return
     if seq_idx.shape != (b, l):
         raise ShapeError(f"seq_idx must be (b, l) = {(b, l)}, got {tuple(seq_idx.shape)}")
     if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
         raise ShapeError(f"seq_idx must hold integers, got {seq_idx.dtype}")
+    if device is not None and seq_idx.device != device:
+        raise ShapeError(f"seq_idx is on {seq_idx.device}, x on {device}")
 
 
 BACKENDS = dispatch.register(

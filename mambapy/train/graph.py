@@ -99,7 +99,7 @@ class GraphedUpdate:
         try:
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph, stream=self._stream):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._numbers = self.update.run(windows)
         except RuntimeError as error:
             # Nothing has run, so nothing has changed.

@@ -35,10 +35,11 @@ class Readback:
         """Queue numbers (n,), which may be overwritten afterwards, with something known of them."""
         arrived = None
         if self._on_gpu:
+            # The stream of that device, which need not be the current one.
+            stream = torch.cuda.current_stream(numbers.device)
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             numbers = host.copy_(numbers, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
+            arrived = stream.record_event()
         elif self._lag:
             numbers = numbers.clone()
         self._queue.append(_Pending(known, numbers, arrived))

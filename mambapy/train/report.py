@@ -70,6 +70,8 @@ def write_load_plot(log: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [line for line in read_log(log) if "expert_load" in line]
+    if not lines:
+        return
     loads = np.array([line["expert_load"] for line in lines])  # (steps, layers, experts)
     figure = Figure(figsize=(8, 1 + 1.6 * loads.shape[1]), layout="constrained")
     even = loads[0].sum(axis=1)[0] / loads.shape[2]

@@ -72,7 +72,9 @@ class Trainer:
             plan = self._plan_is_due()
             validate = run.total is not None and self._due(run.interval)
             due = self._due(config.save_interval) if config.save_interval else validate
-            save = plan or due or stop.asked or time.perf_counter() - saved > SAVE_SECONDS
+            # Asked once: a signal may come between two looks.
+            stopping = stop.asked
+            save = plan or due or stopping or time.perf_counter() - saved > SAVE_SECONDS
             if validate or save:
                 # Neither a validation nor a save may be of weights that were never checked.
                 self._read(everything=True)
@@ -82,11 +84,11 @@ class Trainer:
             if plan:
                 self._plan()
                 run.seconds = time.perf_counter() - started
-            if save or stop.asked:
+            if save:
                 self.log.sync()
                 state.save(run, self.folder)
                 saved = time.perf_counter()
-            if stop.asked and run.step != run.total:
+            if stopping and run.step != run.total:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}, saved; `mambapy train --resume --out "
                     f"{config.out}` goes on"

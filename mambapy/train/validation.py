@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mambapy.layers import evaluating
 from mambapy.lm import IGNORED, LM
 
 # The held-out text is read as that many segments side by side, in chunks of that many tokens.
@@ -42,20 +43,15 @@ def nats(
     """
     inputs, targets = _segments(tokens, eos, limit)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts: list[torch.Tensor] = []
     state = None
-    try:
-        with torch.no_grad():
-            for start in range(0, inputs.shape[1], _CHUNK):
-                x = inputs[:, start : start + _CHUNK].to(device)
-                y = targets[:, start : start + _CHUNK].to(device)
-                with autocast():
-                    hidden, state = model.prefill_hidden(x, state)
-                    parts.append(model.loss_from(hidden, y, "sum"))
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        for start in range(0, inputs.shape[1], _CHUNK):
+            x = inputs[:, start : start + _CHUNK].to(device)
+            y = targets[:, start : start + _CHUNK].to(device)
+            with autocast():
+                hidden, state = model.prefill_hidden(x, state)
+                parts.append(model.loss_from(hidden, y, "sum"))
     # Read back at once: each value would stall a GPU.
     return sum(torch.stack(parts).tolist()), int((targets >= 0).sum())
 

@@ -49,3 +49,27 @@ def test_vmap_and_vmap_of_grad(backend, mapped):
         assert_near(
             {name: T[i] for name, T in grads.items()}, dict(zip(one, wanted, strict=True)), 1e-12
         )
+
+
+# torch's own, at the first forward-mode derivative of a process.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_exact_or_refused(backend):
+    args = draw()
+
+    def y(x):
+        return ops.selective_scan(**(args | {"x": x}), dt_softplus=True, backend=backend)
+
+    x, way = args["x"], torch.randn_like(args["x"])
+    if backend in ("cpu", "chunked"):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(y, (x,), (way,))
+        with (
+            torch.autograd.forward_ad.dual_level(),
+            pytest.raises(RuntimeError, match="no forward-mode derivative"),
+        ):
+            y(torch.autograd.forward_ad.make_dual(x, way))
+        return
+    _, found = torch.func.jvp(y, (x,), (way,))
+    step = 1e-6
+    assert_near(found, (y(x + step * way) - y(x - step * way)) / (2 * step), 1e-6)

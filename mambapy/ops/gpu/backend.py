@@ -23,6 +23,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 HAS_CUDA_BINDINGS = _is_installed("cuda", "bindings")
 OLDEST = 8
 MOST_STATES = 256
+# Bytes of shared memory that this many states need.
+ROOM = 200_000
+FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 # One row of a norm stays in registers.
 LARGEST_NORM = 16384
 
@@ -39,7 +42,14 @@ def why_not_this_card(x: Tensor) -> str | None:
 
 
 def refuses_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Any, **options: Any
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    **options: Any,
 ) -> str | None:
     """Why the CUDA C++ kernels cannot run a scan, or None."""
     why = why_not_this_card(x)
@@ -47,10 +57,18 @@ def refuses_scan(
         return why
     if not HAS_CUDA_BINDINGS:
         return "cuda.bindings is not installed: pip install mambapy[gpu]"
-    if A.shape[1] > MOST_STATES:
-        return f"it is for at most {MOST_STATES} states, A has {A.shape[1]}"
-    if wide_dtype(x, dt, A, B, C, options.get("state")) == torch.float64:
-        return "it calculates in float32, and is given float64"
+    most = MOST_STATES
+    if (
+        x.is_cuda
+        and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < ROOM
+    ):
+        most //= 2
+    if A.shape[1] > most:
+        return f"it is for at most {most} states on this card, A has {A.shape[1]}"
+    tensors = (T for T in (x, dt, B, C, z) if T is not None)
+    unknown = [T.dtype for T in tensors if T.dtype not in FORMATS]
+    if wide_dtype(x, dt, A, B, C, options.get("state")) == torch.float64 or unknown:
+        return f"it calculates in float32, and is given {unknown[0] if unknown else 'float64'}"
     return None
 
 

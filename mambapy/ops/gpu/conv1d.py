@@ -308,7 +308,9 @@ def backward(
     _launch(_backward, x, [*tensors, parts], k, activation, sizes)
     total = parts.sum(0)  # (k+1, e)
     grad_weight = total[:k].t().to(weight.dtype)
-    return grad_x, grad_weight, None if bias is None else total[k].to(bias.dtype), grad_state
+    # A copy: an operator's results may not share memory.
+    grad_bias = None if bias is None else total[k].to(bias.dtype, copy=True)
+    return grad_x, grad_weight, grad_bias, grad_state
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -41,7 +41,8 @@ def _row(
     highest = tl.max(high, 0)
     lse = highest + tl.log2(tl.sum(total * tl.exp2(high - highest), 0))
     t = tl.load(target + row)
-    aim = tl.load(L + t).to(tl.float32)
+    # A label that there is not makes the loss NaN, which a training run notices.
+    aim = tl.load(L + t, mask=(t >= 0) & (t < v), other=float("nan")).to(tl.float32)
     tl.store(losses + row, lse * LN_2 - aim)
     if WANTED:
         # No thread may write over L[t] before every one has read it.
@@ -70,5 +71,6 @@ def softmax_gradient(
     width = L.shape[1]
     block = min(triton.next_power_of_2(width), MOST_COLUMNS)
     warps = max(1, min(16, block // 256))
-    _row[(len(L),)](L, target, losses, vocab_size, width, wanted, block, num_warps=warps)
+    with torch.cuda.device_of(L):
+        _row[(len(L),)](L, target, losses, vocab_size, width, wanted, block, num_warps=warps)
     return losses, L

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -59,6 +60,9 @@ def launch(
         function = kernel.loaded.get(device)
         if function is None:
             function = kernel.loaded[device] = _load(kernel, device)
+        if int(_check(driver.cuCtxGetCurrent())) == 0:
+            # A thread's first work on a device: torch binds its context when it needs it itself.
+            torch.zeros(1, device=device)
         values = (ctypes.c_int64 * len(args))(*args)
         first = ctypes.addressof(values)
         places = (ctypes.c_void_p * len(values))(*range(first, first + 8 * len(values), 8))
@@ -78,11 +82,13 @@ def compiled(name: str, settings: Settings, arch: str) -> bytes:
     digest = hashlib.sha256(
         "\n".join((source, *options, *map(str, _version()))).encode()
     ).hexdigest()
-    cached = _cache_folder() / f"{name}-{arch}-{digest[:24]}.cubin"
-    if cached.is_file():
-        return cached.read_bytes()
-    code = _nvrtc(name, source, options)
-    _write(cached, code)
+    folder = _cache_folder()
+    cached = None if folder is None else folder / f"{name}-{arch}-{digest[:24]}.cubin"
+    code = None if cached is None else _read(cached)
+    if code is None:
+        code = _nvrtc(name, source, options)
+        if cached is not None:
+            _write(cached, code)
     return code
 
 
@@ -135,7 +141,10 @@ def _version() -> tuple[int, int]:
     """NVRTC's version."""
     from cuda.bindings import nvrtc
 
-    status, major, minor = nvrtc.nvrtcVersion()
+    try:
+        status, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        raise BackendError("NVRTC is not there: pip install nvidia-cuda-nvrtc") from error
     _check((status,))
     return major, minor
 
@@ -146,22 +155,36 @@ def _announce() -> None:
     sys.stderr.write("mambapy: compiling kernels for this GPU, seconds each; kept on disk\n")
 
 
-def _cache_folder() -> Path:
-    """Where machine code is kept: MAMBAPY_CACHE, or the user's cache directory."""
+def _cache_folder() -> Path | None:
+    """Where machine code is kept: MAMBAPY_CACHE, or the user's cache directory, if there is one."""
     given = os.environ.get("MAMBAPY_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "mambapy"
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "mambapy"
+    except RuntimeError:
+        return None
+
+
+def _read(path: Path) -> bytes | None:
+    """What was kept, if that can be read and is whole: its digest stands behind it."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    code, digest = kept[:-32], kept[-32:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
 def _write(path: Path, code: bytes) -> None:
     """Keep machine code, if there is a place where that can be done."""
-    partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(code)
-        partial.replace(path)
+        handle, partial = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(code + hashlib.sha256(code).digest())
+        Path(partial).replace(path)
     except OSError:
         # A read-only home: it is compiled anew in each process.
-        partial.unlink(missing_ok=True)
+        return
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -6,12 +6,14 @@ Where there are few rows and channels, both cut the length into segments that ru
 launch before theirs finds what each hands to the next.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from mambapy.errors import BackendError
 from mambapy.ops.gpu.cuda import Kernel, launch, pointer
 
 TILE = 32
@@ -81,13 +83,21 @@ def forward(
     """As `ops.cpu.selective_scan.forward`; the saved states are (b, tiles, e, n)."""
     b, l, e = x.shape
     n = A.shape[1]
-    lanes = lanes or forward_lanes(b, l, e, n, x.device)
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    y = torch.empty(b, l, e, dtype=x.dtype, device=x.device) if out is None else out
+    if out is None or out.stride(2) != 1:
+        y = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
+    else:
+        y = out
+    if b * e == 0:
+        return y, empty(b, e, n), empty(saved_shape(b, l, e, n) if save else (0,))
+    if lanes is None:
+        dtypes = _dtypes(X=x, DT=dt, B=B, C=C, Z=x if z is None else z, Y=y)
+        lanes = _fitted("scan_forward", forward_lanes(b, l, e, n, x.device), dtypes, x.device)
     last = empty(b, e, n)
     starts = empty(saved_shape(b, l, e, n) if save else (0,))
     A, D, dt_bias, state = _weights(A, D, dt_bias, state)
     x, dt, B, C, z = _rowwise(x, dt, B, C, z)
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int64)
     carried = None
     if lanes.segments > 1:
         carried = empty(2 * lanes.segments, b, e, n)
@@ -127,7 +137,12 @@ def backward(
     """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state)."""
     b, l, e = x.shape
     n = A.shape[1]
-    lanes = lanes or backward_lanes(b, l, e, n, x.device)
+    if b * e == 0:
+        tensors = (x, dt, A, B, C, D, z, dt_bias, state)
+        return [None if T is None else torch.zeros_like(T) for T in tensors]
+    if lanes is None:
+        dtypes = _dtypes(X=x, DT=dt, B=B, C=C, Z=x if z is None else z, R=grad_y)
+        lanes = _fitted("scan_backward", backward_lanes(b, l, e, n, x.device), dtypes, x.device)
     deterministic = torch.are_deterministic_algorithms_enabled()
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     grad_x = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
@@ -148,6 +163,7 @@ def backward(
 
     A, D, dt_bias, grad_last = _weights(A, D, dt_bias, grad_last)
     x, dt, B, C, z, grad_y = _rowwise(x, dt, B, C, z, grad_y)
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int64)
     carried = None
     if segments > 1:
         carried = empty(2 * segments, b, e, n)
@@ -250,7 +266,13 @@ class _Rows:
     ) -> Kernel:
         """The kernel for these tensors."""
         return _kernel(
-            name, self.lanes, n, softplus, self._has_documents, tuple(self.layouts), more
+            name,
+            replace(self.lanes, segments=1),
+            n,
+            softplus,
+            self._has_documents,
+            tuple(self.layouts),
+            more,
         )
 
 
@@ -308,6 +330,38 @@ def _shared_bytes(
         tile = -(-TILE * (columns * dtype.itemsize + 16) // 16) * 16
         raw += tile * (1 if letter == "Y" else lanes.buffers)
     return 4 * numbers + raw + 64
+
+
+def _dtypes(**tensors: Tensor) -> tuple[tuple[str, torch.dtype, int], ...]:
+    """Layouts of which only what decides their size is known."""
+    return tuple((letter, T.dtype, 1) for letter, T in tensors.items())
+
+
+@lru_cache(1024)
+def _fitted(
+    name: str,
+    lanes: Lanes,
+    layouts: tuple[tuple[str, torch.dtype, int], ...],
+    device: torch.device,
+) -> Lanes:
+    """The lanes, or as near to them as the card's shared memory allows.
+
+    Raises:
+        BackendError: nothing fits.
+    """
+    room = shared_memory(device)
+    for run, buffers, warps in itertools.product(
+        sorted({lanes.run, 4}, reverse=True), (lanes.buffers, 1), (lanes.warps, 4, 2, 1)
+    ):
+        less = replace(lanes, run=run, buffers=buffers, warps=min(warps, lanes.warps))
+        if _shared_bytes(name, less, layouts) <= room:
+            return less
+    raise BackendError(f"{name} needs more shared memory than the {room} bytes of this card")
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block can have on a card."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _weights(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -16,6 +16,7 @@ To that end a norm or a product waits in `_later` until something reads it, and 
 that, or is launched by itself. States live in the plan and are changed in place.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ from torch import Tensor
 from mambapy.ops.gpu import step_kernel as kernel
 from mambapy.ops.gpu import step_tiles as tiles
 from mambapy.ops.step_plan import KeepingPlan, Rows, Weights
+
+# Only one capture may be under way in a process.
+_capturing = threading.Lock()
 
 # Whether a kernel starts while the one before it still runs, where the card can do that.
 OVERLAP = True
@@ -417,7 +421,11 @@ class GpuPlan(KeepingPlan):
             self._launch_all()
         torch.cuda.current_stream().wait_stream(side)
         self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Of its own stream: torch's default one belongs to whichever device came first.
+        with (
+            _capturing,
+            torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"),
+        ):
             self._launch_all()
         # The graph knows addresses; a model that moves away must not be kept here.
         self._launches.clear()

@@ -33,6 +33,10 @@ LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65]
 def without_a_gpu(monkeypatch):
     if not HAS_GPU:
         monkeypatch.setattr(selective_scan, "launch", emulator.launch)
+        card = SimpleNamespace(
+            multi_processor_count=132, shared_memory_per_block_optin=232448, major=9, minor=0
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
 
 def drawn(l, n, dtype=F32, *, full=True, e=10, weights=F32):
@@ -292,6 +296,7 @@ def test_a_launch_hands_over_every_argument(monkeypatch):
 
     loads = []
     monkeypatch.setattr(driver, "cuLaunchKernel", launched)
+    monkeypatch.setattr(driver, "cuCtxGetCurrent", lambda: (driver.CUresult.CUDA_SUCCESS, 5))
     monkeypatch.setattr(cuda, "_load", lambda kernel, device: loads.append(device) or "function")
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     stream = SimpleNamespace(cuda_stream=7)
@@ -305,3 +310,84 @@ def test_a_launch_hands_over_every_argument(monkeypatch):
     monkeypatch.setattr(driver, "cuLaunchKernel", lambda *_: failed)
     with pytest.raises(BackendError, match="CUDA_ERROR_INVALID_VALUE"):
         cuda.launch(kernel, (5, 2), [], torch.device("cuda", 0))
+
+
+def test_documents_may_have_any_integers():
+    args = drawn(40, 16)
+    expected = selective_scan.forward(**args, dt_softplus=True, lanes=USUAL)[0]
+    args["seq_idx"] = args["seq_idx"].to(torch.int32)
+    assert torch.equal(selective_scan.forward(**args, dt_softplus=True, lanes=USUAL)[0], expected)
+    check(args, USUAL)
+
+
+def test_a_transposed_result_is_made_elsewhere():
+    args = drawn(40, 16)
+    expected = selective_scan.forward(**args, dt_softplus=True, lanes=USUAL)[0]
+    out = torch.full((2, 10, 40), torch.nan, device=DEVICE).transpose(1, 2)
+    y, _, _ = selective_scan.forward(**args, dt_softplus=True, lanes=USUAL, out=out)
+    assert y is not out
+    assert torch.equal(y, expected)
+
+
+def test_an_empty_batch():
+    args = {k: v if k in ("A", "D", "dt_bias") else v[:0] for k, v in drawn(5, 16).items()}
+    found = actual_of(args, args["x"], args["state"], None)
+    assert found.pop("y").shape == args["x"].shape
+    assert found.pop("last").shape == args["state"].shape
+    for name, grad in found.items():
+        assert grad.shape == args[name].shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("room", [232448, 166912, 101376])
+def test_every_plan_fits_its_card(n, dtype, room, monkeypatch):
+    card = SimpleNamespace(multi_processor_count=100, shared_memory_per_block_optin=room, major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    selective_scan.forward_lanes.cache_clear()
+    selective_scan.backward_lanes.cache_clear()
+    selective_scan._fitted.cache_clear()
+    if room < backend.ROOM and n > 128:
+        # `refuses_scan` does not let it come to that.
+        lanes = Lanes(8, 32, warps=2, run=4, buffers=1)
+        with pytest.raises(BackendError, match="shared memory"):
+            selective_scan._fitted("scan_backward", lanes, layouts(F32), torch.device("cpu"))
+        return
+    for b in (1, 8, 4096):
+        for name, lanes_of in (
+            ("scan_forward", selective_scan.forward_lanes),
+            ("scan_backward", selective_scan.backward_lanes),
+        ):
+            lanes = lanes_of(b, 2048, 1536, n, torch.device("cpu"))
+            fitted = selective_scan._fitted(name, lanes, layouts(dtype), torch.device("cpu"))
+            assert selective_scan._shared_bytes(name, fitted, layouts(dtype)) <= room
+            assert n <= fitted.S * fitted.SL
+    selective_scan._fitted.cache_clear()
+    selective_scan.forward_lanes.cache_clear()
+    selective_scan.backward_lanes.cache_clear()
+
+
+def layouts(dtype):
+    return tuple((letter, dtype, 1) for letter in ("X", "DT", "B", "C", "Z", "R"))
+
+
+def test_four_states_with_the_planner_s_own_lanes():
+    args = drawn(33, 4, e=40)
+    check(args, None)
+
+
+def test_a_broken_file_in_the_cache_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
+    made = []
+    monkeypatch.setattr(cuda, "_nvrtc", lambda *_: made.append(1) or b"code")
+    for _ in range(2):
+        assert cuda.compiled("scan_forward", {"S": 4}, "sm_90") == b"code"
+    assert len(made) == 1
+    (kept,) = (tmp_path / "mambapy").iterdir()
+    kept.write_bytes(b"")
+    assert cuda.compiled("scan_forward", {"S": 4}, "sm_90") == b"code"
+    assert len(made) == 2
+    monkeypatch.setattr(cuda, "_cache_folder", lambda: None)
+    assert cuda.compiled("scan_forward", {"S": 4}, "sm_90") == b"code"
+    assert len(made) == 3
