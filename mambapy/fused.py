@@ -8,6 +8,7 @@ Snapshot                whether everything that a plan relies on is still so
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -85,7 +86,7 @@ class _Planned:
     output: Rows | None
 
 
-class FusedStep(nn.Module):
+class FusedStep(nn.Module, ABC):
     """A model whose step can run in one launch."""
 
     # False for a model of which no step will ever be planned: that need not be found out each time.
@@ -96,11 +97,11 @@ class FusedStep(nn.Module):
         # The last used is the last.
         self._plans: dict[tuple[Any, ...], _Planned] = {}
 
+    @abstractmethod
     def step(
         self, x: Tensor, state: ModelState, dt_scale: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
         """Run one token of each row."""
-        raise NotImplementedError
 
     def step_input(self, x: Tensor) -> Tensor:
         """What `step` is given, as `plan_input` takes it."""
@@ -158,11 +159,9 @@ class FusedStep(nn.Module):
     def keep_plan(self, planned: _Planned) -> None:
         """Put a plan away for the next step."""
         self._plans[planned.key] = planned
-        while len(self._plans) > MOST_PLANS:
-            # A copy of the keys: another thread may take a plan meanwhile.
-            oldest = [*self._plans][:1]
-            for key in oldest:
-                self._plans.pop(key, None)
+        # Of a copy of the keys: another thread may take a plan meanwhile.
+        for oldest in [*self._plans][:-MOST_PLANS]:
+            self._plans.pop(oldest, None)
 
     def _make_plan(
         self, key: tuple[Any, ...], x: Tensor, dtype: torch.dtype, backend: str

@@ -178,6 +178,7 @@ def test_names():
         model.recompute = "all"
 
 
+# torch's own, on the way into its compiler.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("level", RECOMPUTE)
 def test_compiles_whole(level):

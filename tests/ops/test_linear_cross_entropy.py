@@ -223,6 +223,7 @@ def test_torch_func():
     assert_near(rows[1], ops.linear_cross_entropy(x[1], weight, target[1]), 1e-12)
 
 
+# torch's own, on the way into its compiler.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiles_whole():
     torch._dynamo.reset()
