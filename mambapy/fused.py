@@ -158,6 +158,8 @@ class FusedStep(nn.Module, ABC):
 
     def keep_plan(self, planned: _Planned) -> None:
         """Put a plan away for the next step."""
+        if isinstance(planned.plan, KeepingPlan):
+            planned.plan.release()
         self._plans[planned.key] = planned
         # Of a copy of the keys: another thread may take a plan meanwhile.
         for oldest in [*self._plans][:-MOST_PLANS]:

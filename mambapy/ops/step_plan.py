@@ -164,6 +164,10 @@ class KeepingPlan(StepPlan):
     def states(self) -> list[Tensor]:
         """Copies of the states."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Whoever used the plan does so no more, and another may, on another stream too."""
+
     def run(self, inputs: list[Tensor], states: list[Tensor]) -> list[Tensor]:
         """Run every stage."""
         self.load(states)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambapy.errors import ConfigError
+from mambapy.ops.gpu.record import recorded
 from mambapy.train.config import TrainConfig
 from mambapy.train.update import Update
 
@@ -99,7 +100,7 @@ class GraphedUpdate:
         try:
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with recorded(graph, self._stream):
                 self._numbers = self.update.run(windows)
         except RuntimeError as error:
             # Nothing has run, so nothing has changed.

@@ -16,7 +16,6 @@ To that end a norm or a product waits in `_later` until something reads it, and 
 that, or is launched by itself. States live in the plan and are changed in place.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -27,10 +26,8 @@ from torch import Tensor
 
 from mambapy.ops.gpu import step_kernel as kernel
 from mambapy.ops.gpu import step_tiles as tiles
+from mambapy.ops.gpu.record import recorded
 from mambapy.ops.step_plan import KeepingPlan, Rows, Weights
-
-# Only one capture may be under way in a process.
-_capturing = threading.Lock()
 
 # Whether a kernel starts while the one before it still runs, where the card can do that.
 OVERLAP = True
@@ -183,7 +180,8 @@ class GpuPlan(KeepingPlan):
             kernel._scan, (-(-e // E), -(-self.batch // R)),
             x=x, x_pitch=x.pitch, A=self._readable(A), D=self._readable(D), z=z,
             z_pitch=0 if z is None else z.pitch, state=self._state(e, n), y=y, y_pitch=y.pitch,
-            rows=self.batch, e=e, STATES=n, S=tiles.power(n), W=tiles.power(args["RANK"]),
+            rows=self.batch, e=e, STATES=n, S=tiles.power(n),
+            W=tiles.power(args["RANK"]) if R == 1 else tiles.summed(args["RANK"]),
             SOFTPLUS=dt_softplus, IS_LOG=A_is_log, E=E, R=R, G=8 if R == 1 else 1,
             IN=self._factors(), num_warps=warps, **args,
         )  # fmt: skip
@@ -234,30 +232,43 @@ class GpuPlan(KeepingPlan):
         """Take over states, in the order of the stages that have one; they are not changed."""
         with self._here():
             self._finish()
+            self._wait()
             if states:
                 torch._foreach_copy_(self._states, states)
+            self.release()
 
     def advance(self, inputs: list[Tensor]) -> None:
         """Run every stage, from the states that the last one left."""
         places = [*self._tokens, *map(self._view, self._inputs)]
         with self._here():
-            if self._done is not None:
-                # The last step may have been on another stream.
-                self._done.wait()
+            self._wait()
             for place, x in zip(places, inputs, strict=True):
                 place.copy_(x)
-            if self._graph is None or self._done is None:
+            if self._graph is None:
                 self._launch_all()
             else:
                 self._graph.replay()
-                self._done.record()
+            self.release()
 
     def states(self) -> list[Tensor]:
         """Copies of the states."""
         copies = [torch.empty_like(T) for T in self._states]
         if copies:
-            torch._foreach_copy_(copies, self._states)
+            with self._here():
+                self._wait()
+                torch._foreach_copy_(copies, self._states)
+                self.release()
         return copies
+
+    def release(self) -> None:
+        """Whoever uses the plan next, on whichever stream, waits for what is on this one."""
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(self.device))
+
+    def _wait(self) -> None:
+        """The last use may have been on another stream."""
+        if self._done is not None:
+            self._done.wait(torch.cuda.current_stream(self.device))
 
     def _selective(self, x: Rows, dt: Rows, B: Rows, C: Rows) -> dict[str, Any] | None:
         """What a scan takes if it makes dt itself and adds up what the convolution found.
@@ -421,11 +432,7 @@ class GpuPlan(KeepingPlan):
             self._launch_all()
         torch.cuda.current_stream().wait_stream(side)
         self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-        # Of its own stream: torch's default one belongs to whichever device came first.
-        with (
-            _capturing,
-            torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"),
-        ):
+        with recorded(self._graph, side):
             self._launch_all()
         # The graph knows addresses; a model that moves away must not be kept here.
         self._launches.clear()

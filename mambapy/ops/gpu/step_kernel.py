@@ -333,6 +333,7 @@ def _scan(x, x_pitch, dt, dt_pitch, dt_weight, dt_bias, A, B, C, bc_pitch,
         if R == 1:
             step = tl.sum(up.to(tl.float32) * low, axis=1)[None, :]
         else:
+            tl.static_assert(W >= 16, "a product on the tensor cores sums over 16 numbers")
             step = tl.dot(low.to(IN), tl.trans(up.to(IN)), input_precision="ieee")
     else:
         step = _row(dt, read[:, None] * dt_pitch + c[None, :], inside[None, :])

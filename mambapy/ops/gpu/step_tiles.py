@@ -25,6 +25,11 @@ def power(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
+def summed(size: int) -> int:
+    """Numbers of each row that a product on the tensor cores sums over: 16 at least."""
+    return max(power(size), 16)
+
+
 def matvec(out: int, inner: int, rows: int) -> tuple[int, int, int, int]:
     """Outputs of a warp, inputs at a time, such blocks on their way, and a program's warps."""
     J = 4 if inner <= 1024 or out > 16384 else 2
@@ -47,7 +52,7 @@ def matmul(out: int, inner: int, rows: int, dtype: torch.dtype) -> tuple[int, in
         N, B, K = 64 if rows > 16 else 32, 32 if wide else 16, 128
     # Products of float32 have no tensor cores, and are written out in full.
     K = K if half else 32
-    return N, B, min(K, max(power(inner), 16)), warps, 4
+    return N, B, min(K, summed(inner)), warps, 4
 
 
 def conv(e: int, rows: int) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """The GPU's plan: every stage against the CPU's plan in float64, whole models op by op."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -30,16 +31,23 @@ def compare(write, inputs, states=(), tolerance=3e-6):
     """Two steps of a plan that `write` puts together from rows of the inputs, on both."""
     expected = CpuPlan(len(next(iter(inputs.values()))), torch.float64)
     found = GpuPlan(expected.batch, DEVICE)
-    results = []
+    results, alive = [], []
+
+    def on(plan, T):
+        """A weight where the plan is; a plan knows addresses, it keeps nothing alive."""
+        if T is not None:
+            alive.append(T.to(DEVICE if plan is found else "cpu"))
+        return None if T is None else alive[-1]
+
     for plan in (expected, found):
         rows = [plan.input(name, T.shape[1]) for name, T in inputs.items()]
-        on = {expected: torch.device("cpu"), found: DEVICE}[plan]
-        y = write(plan, *rows, lambda T, on=on: None if T is None else T.to(on))
-        new, given = [T.to(on) for T in states], [T.to(on) for T in inputs.values()]
-        kept = [T.clone() for T in new]
-        new = plan.run(given, plan.run(given, new))
-        for T, before in zip(states, kept, strict=True):
-            assert torch.equal(T.to(on), before)
+        y = write(plan, *rows, partial(on, plan))
+        first = [on(plan, T) for T in states]
+        given = [on(plan, T) for T in inputs.values()]
+        kept = [T.clone() for T in first]
+        new = plan.run(given, plan.run(given, first))
+        for T, before in zip(first, kept, strict=True):
+            assert torch.equal(T, before)
         results.append([plan.result(y).cpu(), *(T.cpu() for T in new)])
     for want, got in zip(*results, strict=True):
         assert_near(got, want.to(got.dtype), tolerance)
@@ -319,6 +327,29 @@ def test_repeats_are_equal_bit_for_bit_and_graphs_are_few():
         for b in (5, 6, 7, 8, 5, 6, 7, 8):
             lm.step(torch.zeros(b, dtype=torch.int64, device=DEVICE), lm.init_state(b))
     assert torch.cuda.memory_allocated() < before + 20e6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
+def test_streams_take_turns():
+    lm = away_from_the_start(mamba(d_model=256, n_layers=2))
+    state, (first, second) = lm.init_state(3), torch.randint(0, 50, (2, 3), device=DEVICE)
+    expected = [op_by_op(lm, token, state) for token in (first, second)]
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.no_grad():
+        lm.step(first, state)
+        torch.cuda.synchronize()
+        found = []
+        for stream, token in zip(streams, (first, second), strict=True):
+            with torch.cuda.stream(stream):
+                # The first is late, and its plan is given to the second meanwhile.
+                torch.cuda._sleep(100_000_000 if token is first else 0)
+                found.append(lm.step(token, state))
+    torch.cuda.synchronize()
+    assert len(lm._plans) == 1
+    for (logits, new), (wanted, after) in zip(found, expected, strict=True):
+        assert_near(logits, wanted, 1e-5)
+        assert_near(new.tensors(), after.tensors(), 1e-5)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,20 @@
+"""Recording of CUDA graphs."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# torch allows one recording at a time in a process.
+_recording = threading.Lock()
+
+
+@contextmanager
+def recorded(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Record what is launched on the stream, instead of running it.
+
+    The stream is the caller's own: torch's default one belongs to whichever device came first.
+    """
+    with _recording, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        yield
