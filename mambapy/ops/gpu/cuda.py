@@ -98,9 +98,9 @@ def source_of(name: str, settings: Settings) -> str:
         f"using {key} = {value};\n" if key.endswith("_T") else f"constexpr int {key} = {value};\n"
         for key, value in sorted(settings.items())
     )
-    files = ("machine.cuh", "common.cuh", f"{name}.cu")
-    machine, common, kernel = ((SOURCES / file).read_text() for file in files)
-    return machine + common + constants + kernel
+    files = ("machine.cuh", "common.cuh", "scan.cuh", f"{name}.cu")
+    machine, common, scan, kernel = ((SOURCES / file).read_text() for file in files)
+    return machine + common + constants + scan + kernel
 
 
 def _load(kernel: Kernel, device: torch.device) -> Any:

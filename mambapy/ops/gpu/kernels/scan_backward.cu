@@ -5,17 +5,14 @@
 //     grad C_t = sum_e r_t h_t        grad B_t = sum_e g_t dt_t x_t      grad A = sum_t dt_t a_t g_t h_{t-1}
 //     grad dt_t = sum_n A a_t g_t h_{t-1} + x_t sum_n g_t B_t            grad x_t = D r_t + dt_t sum_n g_t B_t
 // Tiles are taken from the last to the first, and in a tile runs of RUN steps likewise: the states and decays of a run
-// are computed again into registers. Lanes, states and staging are as in scan_forward.cu. The sums over channels (B, C)
+// are computed again into registers. The sums over channels (B, C)
 // are added across the channels of a warp, then across warps, then to global memory.
 //
 // The grid's second dimension cuts the length into segments; a segment learns what gradient reaches its last state
 // from `carried`: what scan_carry.cu has found for the segments after it.
 //
-// Set by the host: as for the forward pass, and RUN, R_T (of grad y), DETERMINISTIC.
+// Set by the host: as scan.cuh says, and RUN, R_T (of grad y), DETERMINISTIC.
 
-constexpr int TILE = 32, PITCH = TILE + 4, CPW = WARP / SL, CHANNELS = WARPS * CPW, STATES = S * SL;
-constexpr int THREADS = WARPS * WARP;
-constexpr int PART = (STATES + WARPS - 1) / WARPS;  // of B and C, what a warp stages
 constexpr int RUNS = TILE / RUN;
 constexpr int GROUP = SL < 4 ? 4 : SL < RUN ? SL : RUN;     // steps whose sums over states are added together
 constexpr int KEPT = GROUP > SL ? GROUP / SL : 1;           // of these, how many a lane gets
@@ -75,40 +72,24 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
     long long channels, long long states) {
     extern __shared__ uint4 memory[];
     Shared& sm = *reinterpret_cast<Shared*>(memory);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, s = lane / CPW, c = lane % CPW;
-    const int mine = warp * CPW + c;
-    const long long blocks = (channels + CHANNELS - 1) / CHANNELS, block = blockIdx.x % blocks;
-    const long long row = blockIdx.x / blocks, first = block * CHANNELS;
-    const long long channel = first + mine, tiles = (length + TILE - 1) / TILE;
-    const long long segment = blockIdx.y, each = (tiles + gridDim.y - 1) / gridDim.y;
-    const long long first_tile = segment * each, end_tile = min(tiles, first_tile + each);
-    const int left = min(channels - first, (long long)CHANNELS);
+    const Place my(length, channels, states, blockIdx.y, gridDim.y);
+    const int lane = my.lane, warp = my.warp, s = my.s, c = my.c, mine = my.mine, left = my.left;
+    const long long row = my.row, first = my.first, first_tile = my.first_tile, end_tile = my.end_tile;
     const bool gated = z != nullptr;
     x += row * x_row + first, dt += row * dt_row + first, z += row * z_row + first, grad_y += row * r_row + first;
     grad_x += row * g_row + first, grad_dt += row * g_row + first, grad_z += row * g_row + first;
     B += row * b_row, C += row * c_row, seq += row * seq_row;
     // Blocks add to one sum, or each has its own.
-    grad_B += (DETERMINISTIC ? block * rows + row : row) * n_row;
-    grad_C += (DETERMINISTIC ? block * rows + row : row) * n_row;
+    grad_B += (DETERMINISTIC ? my.block * rows + row : row) * n_row;
+    grad_C += (DETERMINISTIC ? my.block * rows + row : row) * n_row;
 
-    const bool real = channel < channels;
-    const int count = EXACT ? S : int(min(states - s * S, (long long)S));  // of my states, those that exist
-    auto place = [&](long long outer) { return (outer * channels + channel) * states + s * S; };
     float rate[S], flow[S], grad_rate[S];  // flow: a_{t+1} g_{t+1}
-    get_states<EXACT>(rate, A + place(0), real ? count : 0);
-    get_states<EXACT>(flow, grad_last + place(row), real && grad_last ? count : 0);
+    get_rates(rate, A, my);
+    get_states<EXACT>(flow, grad_last + my.in(row), grad_last ? my.count : 0);
 #pragma unroll
-    for (int i = 0; i < S; i++) rate[i] *= LOG2E, grad_rate[i] = 0.0f;
-    // (segment, row): what a segment adds, and by what it multiplies what reaches it.
+    for (int i = 0; i < S; i++) grad_rate[i] = 0.0f;
 #pragma unroll 1
-    for (long long later = gridDim.y - 1; later > segment; later--) {
-        const long long adds = later * rows + row, factor = gridDim.y * rows + adds;
-        float add[S], times[S];
-        get_states<EXACT>(add, carried + place(adds), real ? count : 0);
-        get_states<EXACT>(times, carried + place(factor), real ? count : 0);
-#pragma unroll
-        for (int i = 0; i < S; i++) flow[i] = fmaf(times[i], flow[i], add[i]);
-    }
+    for (long long k = gridDim.y - 1; k > my.segment; k--) pass_segment(flow, carried, k, gridDim.y, rows, my);
     for (int j = threadIdx.x; j < CHANNELS; j += THREADS) {
         sm.bias[j] = bias && j < left ? bias[first + j] : 0.0f;
         sm.skip[j] = D && j < left ? D[first + j] : 0.0f;
@@ -170,22 +151,12 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
                 sm.drive[at][lane] = step * widen(x_now.at[j]);
                 sm.grad[at][lane] = grad;
             }
-            const auto b_now = row_of<PART>(&sm.b_raw[half].at[lane][warp * PART]);
-            const auto c_now = row_of<PART>(&sm.c_raw[half].at[lane][warp * PART]);
-#pragma unroll
-            for (int j = 0; j < PART; j++) {
-                const int n = warp * PART + j, at = n % S * SL + n / S;
-                if (STATES % WARPS && n >= STATES) break;
-                sm.b[at][lane] = widen(b_now.at[j]);
-                sm.c[at][lane] = widen(c_now.at[j]);
-            }
+            stage_states(sm.b, sm.b_raw[half], my);
+            stage_states(sm.c, sm.c_raw[half], my);
         }
-        if (SEQ && warp == 0) {
-            bool starts_document = 0 < t && t < length && seq[t * seq_step] != seq[(t - 1) * seq_step];
-            sm.keep[lane] = starts_document ? 0.0f : 1.0f;
-        }
+        if (SEQ && warp == 0) sm.keep[lane] = passes(seq, seq_step, t, length);
         float h[S], before[RUN][S], decays[RUN][S];
-        get_states<EXACT>(h, starts + place(row * tiles + tile), real ? count : 0);
+        get_states<EXACT>(h, starts + my.in(row * my.tiles + tile), my.count);
         __syncthreads();
         if (BUFFERS == 2 && tile + 1 < end_tile) store(tile + 1);
         if (BUFFERS == 2 && tile > first_tile) {
@@ -207,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
 #pragma unroll
                 for (int i = 0; i < S; i++) h[i] = sm.start[run - 1][i][threadIdx.x];
             } else {
-                get_states<EXACT>(h, starts + place(row * tiles + tile), real ? count : 0);
+                get_states<EXACT>(h, starts + my.in(row * my.tiles + tile), my.count);
             }
             run_on<true>(sm, mine, s, from, rate, h, before, decays);
 
@@ -321,9 +292,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
         __syncthreads();
         store(first_tile);
     }
-    const long long part = segment * rows + row;
-    put_states<EXACT>(grad_A + place(part), grad_rate, real ? count : 0);
-    if (segment == 0 && grad_state) put_states<EXACT>(grad_state + place(row), flow, real ? count : 0);
+    const long long part = my.segment * rows + row;
+    put_states<EXACT>(grad_A + my.in(part), grad_rate, my.count);
+    if (my.segment == 0 && grad_state) put_states<EXACT>(grad_state + my.in(row), flow, my.count);
     if (lane % TAIL_SHARERS == 0)
 #pragma unroll
         for (int k = 0; k < TAILS; k++) {

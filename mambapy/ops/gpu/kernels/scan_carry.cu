@@ -3,12 +3,8 @@
 //
 // FORWARD, of the state:            h_t = a_t h_{t-1} + dt_t B_t x_t     from a segment's first step to its last
 // else, of the state's gradient:    f_t = a_t (f_{t+1} + C_t r_t)        from its last step to its first
-// The segment that hands on to nobody is left out: the last, or the first. Notation, lanes and staging as in
-// scan_forward.cu and scan_backward.cu.
-
-constexpr int TILE = 32, PITCH = TILE + 4, CPW = WARP / SL, CHANNELS = WARPS * CPW, STATES = S * SL;
-constexpr int THREADS = WARPS * WARP;
-constexpr int PART = (STATES + WARPS - 1) / WARPS;
+// The segment that hands on to nobody is left out: the last, or the first. Notation as in scan_forward.cu and
+// scan_backward.cu.
 
 struct Shared {
     alignas(16) float step[CHANNELS][PITCH], value[CHANNELS][PITCH];
@@ -29,24 +25,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_carry(
     long long segments, long long rows, long long length, long long channels, long long states) {
     extern __shared__ uint4 memory[];
     Shared& sm = *reinterpret_cast<Shared*>(memory);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, s = lane / CPW, mine = warp * CPW + lane % CPW;
-    const long long blocks = (channels + CHANNELS - 1) / CHANNELS;
-    const long long row = blockIdx.x / blocks, first = blockIdx.x % blocks * CHANNELS;
-    const long long channel = first + mine, tiles = (length + TILE - 1) / TILE;
-    const long long segment = blockIdx.y + (FORWARD ? 0 : 1), each = (tiles + segments - 1) / segments;
-    const long long first_tile = segment * each, end_tile = min(tiles, first_tile + each);
-    const int left = min(channels - first, (long long)CHANNELS);
+    const Place my(length, channels, states, blockIdx.y + (FORWARD ? 0 : 1), segments);
+    const int lane = my.lane, warp = my.warp, s = my.s, mine = my.mine, left = my.left;
+    const long long row = my.row, first = my.first, first_tile = my.first_tile, end_tile = my.end_tile;
     const bool gated = z != nullptr;
     dt += row * dt_row + first, z += row * z_row + first, value += row * v_row + first;
     weight += row * w_row, seq += row * seq_row;
 
-    const bool real = channel < channels;
-    const int count = EXACT ? S : int(min(states - s * S, (long long)S));  // of my states, those that exist
-    auto place = [&](long long outer) { return (outer * channels + channel) * states + s * S; };
     float rate[S], flow[S], steps = 0.0f, whole = 1.0f;
-    get_states<EXACT>(rate, A + place(0), real ? count : 0);
+    get_rates(rate, A, my);
 #pragma unroll
-    for (int i = 0; i < S; i++) rate[i] *= LOG2E, flow[i] = 0.0f;
+    for (int i = 0; i < S; i++) flow[i] = 0.0f;
     for (int j = threadIdx.x; j < CHANNELS; j += THREADS) sm.bias[j] = bias && j < left ? bias[first + j] : 0.0f;
 
     auto fetch = [&](long long tile) {
@@ -86,17 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_carry(
             sm.step[warp * CPW + j][lane] = step;
             sm.value[warp * CPW + j][lane] = FORWARD ? step * one : one;
         }
-        const auto w_now = row_of<PART>(&sm.weight_raw[half].at[lane][warp * PART]);
-#pragma unroll
-        for (int j = 0; j < PART; j++) {
-            const int n = warp * PART + j;
-            if (STATES % WARPS && n >= STATES) break;
-            sm.weight[n % S * SL + n / S][lane] = widen(w_now.at[j]);
-        }
-        if (SEQ && warp == 0) {
-            bool starts_document = 0 < t && t < length && seq[t * seq_step] != seq[(t - 1) * seq_step];
-            sm.keep[lane] = starts_document ? 0.0f : 1.0f;
-        }
+        stage_states(sm.weight, sm.weight_raw[half], my);
+        if (SEQ && warp == 0) sm.keep[lane] = passes(seq, seq_step, t, length);
         __syncthreads();
 
 #pragma unroll 2
@@ -124,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_carry(
             }
         }
     }
-    put_states<EXACT>(carried + place(segment * rows + row), flow, real ? count : 0);
+    put_states<EXACT>(carried + my.in(my.segment * rows + row), flow, my.count);
 #pragma unroll
     for (int i = 0; i < S; i++) flow[i] = whole * exp2_(steps * rate[i]);
-    put_states<EXACT>(carried + place((segments + segment) * rows + row), flow, real ? count : 0);
+    put_states<EXACT>(carried + my.in((segments + my.segment) * rows + row), flow, my.count);
 }

@@ -1,21 +1,12 @@
 // The forward selective scan: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = (C_t h_t + D x_t) silu(z_t).
 //
-// A warp has CPW channels, SL lanes each; lane s of a channel keeps the S states from s S on in registers for the whole
-// length. Steps come in tiles of 32, which the block fetches while it works on the one before. For what is one number a
-// step and channel (softplus, gate), lane t of a warp takes step t of its channels; for the recurrence the lanes of a
-// channel take all steps one after the other, four of them a load. The sums over the states of several steps are added
-// across the SL lanes together, which leaves each lane with one.
+// A block fetches a tile while it works on the one before. The sums over the states of several steps are added across
+// the SL lanes of a channel together, which leaves each lane with one.
 //
 // The grid's second dimension cuts the length into segments; a segment learns what state it starts from from
 // `carried`: what scan_carry.cu has found for the segments before it.
-//
-// Set by the host: S, SL, WARPS, SOFTPLUS, SEQ, EXACT (n = S SL); X_T and X_VEC (numbers in one access) and so on for
-// DT, B, C, Z, Y; SHARED, the bytes of shared memory; BUFFERS, 2 where a tile is fetched ahead, else 1.
 
-constexpr int TILE = 32, PITCH = TILE + 4, CPW = WARP / SL, CHANNELS = WARPS * CPW, STATES = S * SL;
-constexpr int THREADS = WARPS * WARP;
-constexpr int PART = (STATES + WARPS - 1) / WARPS;  // of B and C, what a warp stages
-constexpr int GROUP = SL > 4 ? SL : 4;              // steps whose sums are added together
+constexpr int GROUP = SL > 4 ? SL : 4;  // steps whose sums are added together
 
 struct Shared {
     alignas(16) float step[CHANNELS][PITCH], drive[CHANNELS][PITCH];  // dt, dt * x; then C h in place of dt
@@ -34,38 +25,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     const float* A, const B_T* B, long long b_row, long long b_step, const C_T* C, long long c_row, long long c_step,
     const float* D, const Z_T* z, long long z_row, long long z_step, const float* bias, const float* state,
     const long long* seq, long long seq_row, long long seq_step, X_T* y, long long y_row, long long y_step,
-    const float* carried, float* starts, float* last, long long rows, long long length, long long channels, long long states) {
+    const float* carried, float* starts, float* last, long long rows, long long length, long long channels,
+    long long states) {
     extern __shared__ uint4 memory[];
     Shared& sm = *reinterpret_cast<Shared*>(memory);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, s = lane / CPW, mine = warp * CPW + lane % CPW;
-    const long long blocks = (channels + CHANNELS - 1) / CHANNELS;
-    const long long row = blockIdx.x / blocks, first = blockIdx.x % blocks * CHANNELS;
-    const long long channel = first + mine, tiles = (length + TILE - 1) / TILE;
-    const long long segment = blockIdx.y, each = (tiles + gridDim.y - 1) / gridDim.y;
-    const long long first_tile = segment * each, end_tile = min(tiles, first_tile + each);
-    const int left = min(channels - first, (long long)CHANNELS);
+    const Place my(length, channels, states, blockIdx.y, gridDim.y);
+    const int lane = my.lane, warp = my.warp, s = my.s, mine = my.mine, left = my.left;
+    const long long row = my.row, first = my.first, first_tile = my.first_tile, end_tile = my.end_tile;
     const bool gated = z != nullptr;
     x += row * x_row + first, dt += row * dt_row + first, z += row * z_row + first, y += row * y_row + first;
     B += row * b_row, C += row * c_row, seq += row * seq_row;
 
-    const bool real = channel < channels;
-    const int count = EXACT ? S : int(min(states - s * S, (long long)S));  // of my states, those that exist
-    auto place = [&](long long outer) { return (outer * channels + channel) * states + s * S; };
     float rate[S], h[S];
-    get_states<EXACT>(rate, A + place(0), real ? count : 0);
-    get_states<EXACT>(h, state + place(row), real && state ? count : 0);
-#pragma unroll
-    for (int i = 0; i < S; i++) rate[i] *= LOG2E;
-    // (segment, row): what a segment adds, and by what it multiplies what reaches it.
+    get_rates(rate, A, my);
+    get_states<EXACT>(h, state + my.in(row), state ? my.count : 0);
 #pragma unroll 1
-    for (long long before = 0; before < segment; before++) {
-        const long long adds = before * rows + row, factor = gridDim.y * rows + adds;
-        float add[S], times[S];
-        get_states<EXACT>(add, carried + place(adds), real ? count : 0);
-        get_states<EXACT>(times, carried + place(factor), real ? count : 0);
-#pragma unroll
-        for (int i = 0; i < S; i++) h[i] = fmaf(times[i], h[i], add[i]);
-    }
+    for (long long k = 0; k < my.segment; k++) pass_segment(h, carried, k, gridDim.y, rows, my);
     for (int j = threadIdx.x; j < CHANNELS; j += THREADS) {
         sm.bias[j] = bias && j < left ? bias[first + j] : 0.0f;
         sm.skip[j] = D && j < left ? D[first + j] : 0.0f;
@@ -111,21 +86,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
                 sm.step[warp * CPW + j][lane] = step;
                 sm.drive[warp * CPW + j][lane] = step * widen(x_now.at[j]);
             }
-            const auto b_now = row_of<PART>(&sm.b_raw[half].at[lane][warp * PART]);
-            const auto c_now = row_of<PART>(&sm.c_raw[half].at[lane][warp * PART]);
-#pragma unroll
-            for (int j = 0; j < PART; j++) {
-                const int n = warp * PART + j, at = n % S * SL + n / S;
-                if (STATES % WARPS && n >= STATES) break;
-                sm.b[at][lane] = widen(b_now.at[j]);
-                sm.c[at][lane] = widen(c_now.at[j]);
-            }
+            stage_states(sm.b, sm.b_raw[half], my);
+            stage_states(sm.c, sm.c_raw[half], my);
         }
-        if (SEQ && warp == 0) {
-            bool starts_document = 0 < t && t < length && seq[t * seq_step] != seq[(t - 1) * seq_step];
-            sm.keep[lane] = starts_document ? 0.0f : 1.0f;
-        }
-        if (starts) put_states<EXACT>(starts + place(row * tiles + tile), h, real ? count : 0);
+        if (SEQ && warp == 0) sm.keep[lane] = passes(seq, seq_step, t, length);
+        if (starts) put_states<EXACT>(starts + my.in(row * my.tiles + tile), h, my.count);
         __syncthreads();
 
 #pragma unroll UNROLL
@@ -171,5 +136,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
     }
     __syncthreads();
     if (first_tile < end_tile) store(end_tile - 1);
-    if (segment + 1 == gridDim.y) put_states<EXACT>(last + place(row), h, real ? count : 0);
+    if (my.segment + 1 == gridDim.y) put_states<EXACT>(last + my.in(row), h, my.count);
 }
