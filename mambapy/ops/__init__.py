@@ -7,6 +7,7 @@ from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
 from mambapy.ops.custom_op import recurrences
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.gated_norm import gated_rms_norm
+from mambapy.ops.gpu.tuning import tune
 from mambapy.ops.info import backends_info
 from mambapy.ops.linear_cross_entropy import linear_cross_entropy
 from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
@@ -38,4 +39,5 @@ __all__ = [
     "ssd_from_start",
     "ssd_step",
     "step_plan",
+    "tune",
 ]

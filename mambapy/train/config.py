@@ -159,6 +159,9 @@ class TrainConfig:
         "play a step as one CUDA graph; auto: where that works",
         choices=("auto", "always", "never"),
     )
+    tune: bool = _setting(
+        False, "measure in the first step how the GPU's scan is best divided, for 20 s at most"
+    )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     threads: int = _setting(0, "CPU threads; 0: torch's own choice", least=0)
     backend: str = _setting("auto", "implementation of the ops", choices=BACKENDS)

@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mambapy import ops
 from mambapy.errors import TrainingError
 from mambapy.train import state
 from mambapy.train.config import TrainConfig
@@ -65,8 +66,11 @@ class Trainer:
         saved = time.perf_counter()
         self._mark = run.step, run.seconds
         run.model.train()
+        tuning = ops.tune() if self.config.tune else nullcontext()
         while run.total is None or run.step < run.total:
-            self.step()
+            with tuning:
+                self.step()
+            tuning = nullcontext()
             run.seconds = time.perf_counter() - started
             self._read()
             plan = self._plan_is_due()

@@ -15,6 +15,7 @@ import torch
 from mambapy.config import MambaConfig
 from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
 from mambapy.lm import LM
+from mambapy.ops.gpu import tuning
 from mambapy.train import TrainConfig, report, state, train
 from mambapy.train.trainer import CALIBRATION_STEPS, Trainer
 
@@ -194,6 +195,19 @@ def test_compile(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     run({**compiled})
     np.testing.assert_allclose(log_of(compiled, "loss"), log_of(tiny, "loss")[:3], rtol=1e-2)
+
+
+def test_the_first_step_is_tuned(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = []
+    step = Trainer.step
+
+    def seen(self: Trainer) -> None:
+        tuned.append(tuning._until > 0)
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", seen)
+    run(tiny | {"tune": True, "steps": 3})
+    assert tuned == [True, False, False]
 
 
 def test_autocast_keeps_float32_weights_and_learns(tiny: dict[str, Any]) -> None:

@@ -9,9 +9,7 @@ system's. All arguments of a kernel are 64-bit: places of tensors and sizes.
 
 import ctypes
 import hashlib
-import os
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mambapy.errors import BackendError
+from mambapy.ops.gpu import disk
 
 SOURCES = Path(__file__).parent / "kernels"
 Settings = Mapping[str, str | int]
@@ -82,13 +81,11 @@ def compiled(name: str, settings: Settings, arch: str) -> bytes:
     digest = hashlib.sha256(
         "\n".join((source, *options, *map(str, _version()))).encode()
     ).hexdigest()
-    folder = _cache_folder()
-    cached = None if folder is None else folder / f"{name}-{arch}-{digest[:24]}.cubin"
-    code = None if cached is None else _read(cached)
+    name_on_disk = f"{name}-{arch}-{digest[:24]}.cubin"
+    code = disk.read(name_on_disk)
     if code is None:
         code = _nvrtc(name, source, options)
-        if cached is not None:
-            _write(cached, code)
+        disk.write(name_on_disk, code)
     return code
 
 
@@ -153,38 +150,6 @@ def _version() -> tuple[int, int]:
 def _announce() -> None:
     """Say, once a process, why the first calls take so long."""
     sys.stderr.write("mambapy: compiling kernels for this GPU, seconds each; kept on disk\n")
-
-
-def _cache_folder() -> Path | None:
-    """Where machine code is kept: MAMBAPY_CACHE, or the user's cache directory, if there is one."""
-    given = os.environ.get("MAMBAPY_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(given) if given else Path.home() / ".cache") / "mambapy"
-    except RuntimeError:
-        return None
-
-
-def _read(path: Path) -> bytes | None:
-    """What was kept, if that can be read and is whole: its digest stands behind it."""
-    try:
-        kept = path.read_bytes()
-    except OSError:
-        return None
-    code, digest = kept[:-32], kept[-32:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keep machine code, if there is a place where that can be done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(code + hashlib.sha256(code).digest())
-        Path(partial).replace(path)
-    except OSError:
-        # A read-only home: it is compiled anew in each process.
-        return
 
 
 def _check(result: tuple[Any, ...]) -> Any:

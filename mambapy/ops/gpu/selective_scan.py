@@ -6,60 +6,14 @@ Where there are few rows and channels, both cut the length into segments that ru
 launch before theirs finds what each hands to the next.
 """
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from mambapy.errors import BackendError
 from mambapy.ops.gpu.cuda import Kernel, launch, pointer
-
-TILE = 32
-PITCH = TILE + 4
-WARP = 32
-# Names of number formats in the kernels.
-FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-# Of the tensors that have a row for each step, those with a number for each state.
-PER_STATE = ("B", "C", "W")
-
-
-@dataclass(frozen=True)
-class Lanes:
-    """How a kernel divides channels and states among threads.
-
-    Args:
-        S: states of a thread.
-        SL: threads of a channel; S SL >= n.
-        warps: of a block.
-        run: steps whose states the backward pass keeps in registers at once.
-        segments: parts of the length that are worked on at once.
-        buffers: 2 where a tile of steps is fetched while the one before it is worked on, else 1.
-    """
-
-    S: int
-    SL: int
-    warps: int = 4
-    run: int = 8
-    segments: int = 1
-    buffers: int = 2
-
-    @property
-    def channels(self) -> int:
-        """Channels of a block."""
-        return self.warps * (WARP // self.SL)
-
-    @property
-    def states(self) -> int:
-        """States that a block has room for: an equal part of B and C is staged by each warp."""
-        return -(-self.S * self.SL // self.warps) * self.warps
-
-    def blocks(self, b: int, e: int) -> int:
-        """Blocks for all rows and channels."""
-        return b * -(-e // self.channels)
+from mambapy.ops.gpu.lanes import FORMATS, PER_STATE, TILE, WARP, Lanes, chosen, shared_bytes
 
 
 def forward(
@@ -91,8 +45,14 @@ def forward(
     if b * e == 0:
         return y, empty(b, e, n), empty(saved_shape(b, l, e, n) if save else (0,))
     if lanes is None:
-        dtypes = _dtypes(X=x, DT=dt, B=B, C=C, Z=x if z is None else z, Y=y)
-        lanes = _fitted("scan_forward", forward_lanes(b, l, e, n, x.device), dtypes, x.device)
+        lanes = chosen(
+            "scan_forward", (b, l, e, n),
+            lambda lanes: forward(
+                x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, state=state,
+                seq_idx=seq_idx, reverse=reverse, save=save, out=y, lanes=lanes,
+            ),
+            X=x, DT=dt, B=B, C=C, Z=x if z is None else z, Y=y,
+        )  # fmt: skip
     last = empty(b, e, n)
     starts = empty(saved_shape(b, l, e, n) if save else (0,))
     A, D, dt_bias, state = _weights(A, D, dt_bias, state)
@@ -141,8 +101,14 @@ def backward(
         tensors = (x, dt, A, B, C, D, z, dt_bias, state)
         return [None if T is None else torch.zeros_like(T) for T in tensors]
     if lanes is None:
-        dtypes = _dtypes(X=x, DT=dt, B=B, C=C, Z=x if z is None else z, R=grad_y)
-        lanes = _fitted("scan_backward", backward_lanes(b, l, e, n, x.device), dtypes, x.device)
+        lanes = chosen(
+            "scan_backward", (b, l, e, n),
+            lambda lanes: backward(
+                grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx,
+                dt_softplus, reverse, lanes=lanes,
+            ),
+            X=x, DT=dt, B=B, C=C, Z=x if z is None else z, R=grad_y,
+        )  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     grad_x = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
@@ -305,63 +271,11 @@ def _kernel(
     for letter, dtype, vector in layouts:
         settings |= {f"{letter}_T": FORMATS[dtype], f"{letter}_VEC": vector}
     S, SL, warps = lanes.S, lanes.SL, lanes.warps
-    shared = _shared_bytes(name, lanes, layouts)
+    shared = shared_bytes(name, lanes, layouts)
     settings |= {"S": S, "SL": SL, "WARPS": warps, "EXACT": int(n == S * SL)}
     settings |= {"SOFTPLUS": int(softplus), "SEQ": int(has_documents), "SHARED": shared}
     settings |= {"BUFFERS": lanes.buffers, "UNROLL": 4 if S <= 4 else 2}
     return Kernel(name, settings, warps * WARP, shared)
-
-
-def _shared_bytes(
-    name: str, lanes: Lanes, layouts: tuple[tuple[str, torch.dtype, int], ...]
-) -> int:
-    """At most the size of a kernel's `Shared`; the kernel checks it when it is compiled."""
-    channels, states = lanes.channels, lanes.states
-    # Rows of a tile in float32, of each channel and of each state, and what else there is.
-    per_channel, per_state = {"scan_forward": (2, 2), "scan_backward": (3, 2)}.get(name, (2, 1))
-    numbers = channels * (per_channel * PITCH + 2) + per_state * states * PITCH + TILE
-    if name == "scan_backward":
-        numbers += 4 * channels * TILE + (TILE // lanes.run - 1) * lanes.S * lanes.warps * WARP
-        numbers += 2 * lanes.warps * lanes.run * 2 * lanes.S * lanes.SL
-    raw = 0
-    for letter, dtype, _ in layouts:
-        columns = states if letter in PER_STATE else channels
-        # Each row of a tile has 16 bytes of padding.
-        tile = -(-TILE * (columns * dtype.itemsize + 16) // 16) * 16
-        raw += tile * (1 if letter == "Y" else lanes.buffers)
-    return 4 * numbers + raw + 64
-
-
-def _dtypes(**tensors: Tensor) -> tuple[tuple[str, torch.dtype, int], ...]:
-    """Layouts of which only what decides their size is known."""
-    return tuple((letter, T.dtype, 1) for letter, T in tensors.items())
-
-
-@lru_cache(1024)
-def _fitted(
-    name: str,
-    lanes: Lanes,
-    layouts: tuple[tuple[str, torch.dtype, int], ...],
-    device: torch.device,
-) -> Lanes:
-    """The lanes, or as near to them as the card's shared memory allows.
-
-    Raises:
-        BackendError: nothing fits.
-    """
-    room = shared_memory(device)
-    for run, buffers, warps in itertools.product(
-        sorted({lanes.run, 4}, reverse=True), (lanes.buffers, 1), (lanes.warps, 4, 2, 1)
-    ):
-        less = replace(lanes, run=run, buffers=buffers, warps=min(warps, lanes.warps))
-        if _shared_bytes(name, less, layouts) <= room:
-            return less
-    raise BackendError(f"{name} needs more shared memory than the {room} bytes of this card")
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes that a block can have on a card."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _weights(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -376,42 +290,3 @@ def _rowwise(*tensors: Tensor | None) -> list[Tensor | None]:
         None if T is None else T.detach() if T.stride(-1) == 1 else T.detach().contiguous()
         for T in tensors
     ]
-
-
-# Warps on each multiprocessor below which the length is cut into segments, and with them.
-FEW_WARPS, MANY_WARPS = 6, 20
-
-
-@lru_cache(1024)
-def forward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
-    """The division that was fastest where it was measured (an H100; benchmarks/results)."""
-    lanes = _division(b, l, e, n, device)
-    if n > 16:
-        return lanes
-    return replace(lanes, warps=4 if _warps(lanes, b, e, device) < MANY_WARPS else 8)
-
-
-@lru_cache(1024)
-def backward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
-    """The same of the backward pass, whose blocks must be large: each adds to B's and C's sums."""
-    return _division(b, l, e, n, device)
-
-
-def _division(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
-    """States and channels over lanes, the length over segments."""
-    padded = 1 << (n - 1).bit_length()
-    S = min(4 if n <= 16 else 8, padded)
-    lanes = Lanes(S, padded // S)
-    if n > 128:
-        # Shared memory is what there is least of.
-        lanes = replace(lanes, warps=2, run=4, buffers=1)
-    warps = _warps(lanes, b, e, device)
-    if warps >= FEW_WARPS:
-        return lanes
-    return replace(lanes, segments=max(1, min(round(MANY_WARPS / warps), l // (8 * TILE))))
-
-
-def _warps(lanes: Lanes, b: int, e: int, device: torch.device) -> float:
-    """Warps for each multiprocessor of the card."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return lanes.blocks(b, e) * lanes.warps / processors

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from mambapy import ops
-from mambapy.errors import BackendError
+from mambapy.errors import BackendError, ConfigError
 from mambapy.ops import reference
-from mambapy.ops.gpu import backend, cuda, selective_scan
-from mambapy.ops.gpu.selective_scan import Lanes
+from mambapy.ops.gpu import backend, cuda, disk, selective_scan, tuning
+from mambapy.ops.gpu import lanes as divisions
+from mambapy.ops.gpu.lanes import Lanes
 from tests.helpers import assert_near, scan_args
 from tests.ops.gpu import emulator
 
@@ -34,7 +35,7 @@ def without_a_gpu(monkeypatch):
     if not HAS_GPU:
         monkeypatch.setattr(selective_scan, "launch", emulator.launch)
         card = SimpleNamespace(
-            multi_processor_count=132, shared_memory_per_block_optin=232448, major=9, minor=0
+            name="none", multi_processor_count=132, shared_memory_per_block_optin=232448, major=9
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
@@ -345,27 +346,27 @@ def test_an_empty_batch():
 def test_every_plan_fits_its_card(n, dtype, room, monkeypatch):
     card = SimpleNamespace(multi_processor_count=100, shared_memory_per_block_optin=room, major=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    selective_scan.forward_lanes.cache_clear()
-    selective_scan.backward_lanes.cache_clear()
-    selective_scan._fitted.cache_clear()
+    divisions.forward_lanes.cache_clear()
+    divisions.backward_lanes.cache_clear()
+    divisions.fitted.cache_clear()
     if room < backend.ROOM and n > 128:
         # `refuses_scan` does not let it come to that.
         lanes = Lanes(8, 32, warps=2, run=4, buffers=1)
         with pytest.raises(BackendError, match="shared memory"):
-            selective_scan._fitted("scan_backward", lanes, layouts(F32), torch.device("cpu"))
+            divisions.fitted("scan_backward", lanes, layouts(F32), torch.device("cpu"))
         return
     for b in (1, 8, 4096):
         for name, lanes_of in (
-            ("scan_forward", selective_scan.forward_lanes),
-            ("scan_backward", selective_scan.backward_lanes),
+            ("scan_forward", divisions.forward_lanes),
+            ("scan_backward", divisions.backward_lanes),
         ):
             lanes = lanes_of(b, 2048, 1536, n, torch.device("cpu"))
-            fitted = selective_scan._fitted(name, lanes, layouts(dtype), torch.device("cpu"))
-            assert selective_scan._shared_bytes(name, fitted, layouts(dtype)) <= room
+            fitted = divisions.fitted(name, lanes, layouts(dtype), torch.device("cpu"))
+            assert divisions.shared_bytes(name, fitted, layouts(dtype)) <= room
             assert n <= fitted.S * fitted.SL
-    selective_scan._fitted.cache_clear()
-    selective_scan.forward_lanes.cache_clear()
-    selective_scan.backward_lanes.cache_clear()
+    divisions.fitted.cache_clear()
+    divisions.forward_lanes.cache_clear()
+    divisions.backward_lanes.cache_clear()
 
 
 def layouts(dtype):
@@ -375,6 +376,84 @@ def layouts(dtype):
 def test_four_states_with_the_planner_s_own_lanes():
     args = drawn(33, 4, e=40)
     check(args, None)
+
+
+@pytest.fixture
+def untuned(monkeypatch, tmp_path):
+    """A machine on which nothing was measured."""
+    monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def tried(monkeypatch, cost):
+    """The divisions that are measured from now on; cost(lanes) stands in for the clock."""
+    seen = []
+
+    def milliseconds(lanes, run, device):
+        seen.append(lanes)
+        run(lanes)
+        return cost(lanes)
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    return seen
+
+
+def test_tuned_lanes_are_the_fastest_and_are_kept(untuned, monkeypatch):
+    args = drawn(130, 16)
+    more = {"S": 2, "SL": 8}, {"warps": 2}
+    others = lambda rule, **_: [dataclasses.replace(rule, **each) for each in more]  # noqa: E731
+    monkeypatch.setattr(divisions, "others", others)
+    seen = tried(monkeypatch, lambda lanes: lanes.S)
+    check(args, None)
+    assert not seen
+    used = []
+    launch = selective_scan.launch
+    monkeypatch.setattr(selective_scan, "launch", lambda *a: used.append(a[0]) or launch(*a))
+    with ops.tune(1000):
+        check(args, None)
+    # Forward and backward, each by rule first.
+    assert [(lanes.S, lanes.warps) for lanes in seen] == 2 * [(4, 4), (2, 4), (4, 2)]
+    # A new process, which measures nothing.
+    monkeypatch.setattr(tuning, "_choices", {})
+    used.clear()
+    check(args, None)
+    assert {kernel.settings["S"] for kernel in used} == {2}
+    with ops.tune():
+        check(args, None)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("rule", [Lanes(4, 4), Lanes(1, 1, warps=1), Lanes(8, 32, warps=16, run=4)])
+def test_what_is_tried_holds_as_many_states(rule):
+    rule = dataclasses.replace(rule, segments=3)
+    for lanes in divisions.others(rule, length=1000, backward=True):
+        assert lanes != rule
+        assert lanes.S * lanes.SL == rule.S * rule.SL
+        assert lanes.SL <= 32
+        assert lanes.warps in (1, 2, 4, 8, 16)
+        assert lanes.run in (4, 8)
+        assert 1 <= lanes.segments <= 7
+
+
+def test_tuning_ends_in_time(untuned, monkeypatch):
+    args = drawn(40, 16)
+    clock = [100.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+    seen = tried(monkeypatch, lambda lanes: clock.append(clock.pop() + 3) or 1.0)
+    with ops.tune(20):
+        selective_scan.forward(**args)
+    # Half of the time is for others.
+    assert len(seen) == 4
+    with pytest.raises(ConfigError, match="positive"), ops.tune(0):
+        pass
+
+
+def test_what_does_not_fit_is_not_chosen(monkeypatch):
+    def run(lanes):
+        raise BackendError("it does not fit the card")
+
+    assert tuning._milliseconds(USUAL, run, torch.device("cpu")) == float("inf")
 
 
 def test_a_broken_file_in_the_cache_is_made_anew(monkeypatch, tmp_path):
@@ -388,6 +467,6 @@ def test_a_broken_file_in_the_cache_is_made_anew(monkeypatch, tmp_path):
     kept.write_bytes(b"")
     assert cuda.compiled("scan_forward", {"S": 4}, "sm_90") == b"code"
     assert len(made) == 2
-    monkeypatch.setattr(cuda, "_cache_folder", lambda: None)
+    monkeypatch.setattr(disk, "folder", lambda: None)
     assert cuda.compiled("scan_forward", {"S": 4}, "sm_90") == b"code"
     assert len(made) == 3
