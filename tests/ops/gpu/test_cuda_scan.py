@@ -267,21 +267,21 @@ def test_more_than_two_to_the_31_numbers():
     B = torch.ones(b, l, n, dtype=BF16, device="cuda")
     A = -torch.ones(e, n, device="cuda")
     assert x.numel() > 2**31
-    y, last, _ = selective_scan.forward(x, x, A, B, B, dt_softplus=True, out=x.clone())
-    tail = slice(l - 200, l)
-    near, state = reference.selective_scan(
-        *(
-            x[:, tail].double(),
-            x[:, tail].double(),
-            A.double(),
-            B[:, tail].double(),
-            B[:, tail].double(),
-        ),
-        dt_softplus=True,
+    y, last, starts = selective_scan.forward(
+        x, x, A, B, B, dt_softplus=True, save=True, out=x.clone()
     )
+    nothing = (None,) * 5
+    grads = selective_scan.backward(x, None, starts, x, x, A, B, B, *nothing, True, False)
     # The state forgets what is 150 steps old.
-    assert_near(y[:, -50:], near[:, -50:], 1.2e-2)
+    tail = slice(l - 200, l)
+    near = {name: x[:, tail].double().requires_grad_() for name in ("x", "dt")}
+    near |= {name: B[:, tail].double().requires_grad_() for name in ("B", "C")}
+    exact, state = reference.selective_scan(A=A.double(), **near, dt_softplus=True)
+    exact_grads = torch.autograd.grad(exact, list(near.values()), x[:, tail].double())
     assert_near(last, state, 1e-5)
+    assert_near(y[:, -50:], exact[:, -50:], 1.2e-2)
+    for found, expected in zip((*grads[:2], *grads[3:5]), exact_grads, strict=True):
+        assert_near(found[:, -50:], expected[:, -50:], 1.2e-2)
 
 
 def test_a_launch_hands_over_every_argument(monkeypatch):
