@@ -76,8 +76,6 @@ def chosen(
     x, (b, l, e, n) = tensors["X"], sizes
     # Of their layouts, what decides about shared memory.
     layouts = tuple((letter, T.dtype, 1) for letter, T in tensors.items())
-    backward = kernel == "scan_backward"
-    rule = (backward_lanes if backward else forward_lanes)(b, l, e, n, x.device)
 
     def run_whole(lanes: Lanes) -> None:
         if fitted(kernel, lanes, layouts, x.device) != lanes:
@@ -88,8 +86,8 @@ def chosen(
         kernel,
         # Lengths of about the same size are divided alike.
         (b, 1 << (l - 1).bit_length(), e, n, *(FORMATS[T.dtype] for T in tensors.values())),
-        fitted(kernel, rule, layouts, x.device),
-        partial(others, length=l, backward=backward),
+        ruled(kernel, sizes, layouts, x.device),
+        partial(others, length=l, backward=kernel == "scan_backward"),
         run_whole,
         x.device,
     )
@@ -155,40 +153,53 @@ def shared_bytes(name: str, lanes: Lanes, layouts: tuple[tuple[str, torch.dtype,
     return 4 * numbers + raw + 64
 
 
-# Warps on each multiprocessor below which the length is cut into segments, and with them.
-FEW_WARPS, MANY_WARPS = 6, 20
+# Warps on each multiprocessor that keep it busy.
+MANY_WARPS = 20
+# Steps below which it is not worth another launch to cut the length, forward and backward.
+SHORT_FORWARD, SHORT_BACKWARD = 1024, 512
+# A segment has that many steps at least; and that many are too few to fill the card a second time.
+LEAST_STEPS, FEW_STEPS = 2 * TILE, 1024
 
 
 @lru_cache(1024)
-def forward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
+def ruled(
+    kernel: str,
+    sizes: tuple[int, int, int, int],
+    layouts: tuple[tuple[str, torch.dtype, int], ...],
+    device: torch.device,
+) -> Lanes:
     """The division that was fastest where it was measured (an H100; benchmarks/results)."""
-    lanes = _division(b, l, e, n, device)
-    if n > 16:
-        return lanes
-    return replace(lanes, warps=4 if _warps(lanes, b, e, device) < MANY_WARPS else 8)
-
-
-@lru_cache(1024)
-def backward_lanes(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
-    """The same of the backward pass, whose blocks must be large: each adds to B's and C's sums."""
-    return _division(b, l, e, n, device)
-
-
-def _division(b: int, l: int, e: int, n: int, device: torch.device) -> Lanes:
-    """States and channels over lanes, the length over segments."""
+    b, l, e, n = sizes
     padded = 1 << (n - 1).bit_length()
     S = min(4 if n <= 16 else 8, padded)
     lanes = Lanes(S, padded // S)
+    card = torch.cuda.get_device_properties(device)
+    many = lanes.blocks(b, e) * lanes.warps >= MANY_WARPS * card.multi_processor_count
     if n > 128:
         # Shared memory is what there is least of.
         lanes = replace(lanes, warps=2, run=4, buffers=1)
-    warps = _warps(lanes, b, e, device)
-    if warps >= FEW_WARPS:
+    elif many and (kernel == "scan_forward") == (n <= 16) and n <= 64:
+        lanes = replace(lanes, warps=8)
+    lanes = fitted(kernel, lanes, layouts, device)
+    # Each block has a kilobyte of the card's own.
+    at_once = card.shared_memory_per_multiprocessor // (shared_bytes(kernel, lanes, layouts) + 1024)
+    room = at_once * card.multi_processor_count
+    short = SHORT_FORWARD if kernel == "scan_forward" else SHORT_BACKWARD
+    if l < short:
         return lanes
-    return replace(lanes, segments=max(1, min(round(MANY_WARPS / warps), l // (8 * TILE))))
+    return replace(lanes, segments=_segments(l, lanes.blocks(b, e), room))
 
 
-def _warps(lanes: Lanes, b: int, e: int, device: torch.device) -> float:
-    """Warps for each multiprocessor of the card."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return lanes.blocks(b, e) * lanes.warps / processors
+def _segments(l: int, blocks: int, room: int) -> int:
+    """In how many parts the length is cut where a card runs `room` blocks at the same time.
+
+    As many as fill it, so that none waits for a few that are left; of a long sequence, several
+    times, so that all end at about the same time. Two are not worth the decays that both need,
+    unless they fill it well.
+    """
+    cuts = [k * room // blocks for k in range(1, 4)]
+    best = cuts[0]
+    if best == 2 and 2 * blocks < 0.9 * room:
+        best = cuts[1]
+    best = max([best, *(cut for cut in cuts if cut * FEW_STEPS <= l and best > 1)])
+    return max(1, min(best, l // LEAST_STEPS))

@@ -27,16 +27,21 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Relative to the largest number of each tensor: rounding of float32, or of what is read and
 # written in 16 bits.
 TOLERANCES = {F32: 5e-6, F16: 2e-3, BF16: 1.2e-2}
+H100 = {
+    "name": "none", "major": 9, "multi_processor_count": 132,
+    "shared_memory_per_block_optin": 232448, "shared_memory_per_multiprocessor": 233472,
+}  # fmt: skip
 LENGTHS = [1, 2, 3, 31, 32, 33, 63, 64, 65]
 
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(monkeypatch):
+    # Tests have cards of their own.
+    divisions.ruled.cache_clear()
+    divisions.fitted.cache_clear()
     if not HAS_GPU:
         monkeypatch.setattr(selective_scan, "launch", emulator.launch)
-        card = SimpleNamespace(
-            name="none", multi_processor_count=132, shared_memory_per_block_optin=232448, major=9
-        )
+        card = SimpleNamespace(**H100)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
 
@@ -344,29 +349,40 @@ def test_an_empty_batch():
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("room", [232448, 166912, 101376])
 def test_every_plan_fits_its_card(n, dtype, room, monkeypatch):
-    card = SimpleNamespace(multi_processor_count=100, shared_memory_per_block_optin=room, major=8)
+    sizes = {"shared_memory_per_block_optin": room, "shared_memory_per_multiprocessor": room + 1024}
+    card = SimpleNamespace(**H100 | sizes)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    divisions.forward_lanes.cache_clear()
-    divisions.backward_lanes.cache_clear()
-    divisions.fitted.cache_clear()
+    cpu = torch.device("cpu")
     if room < backend.ROOM and n > 128:
         # `refuses_scan` does not let it come to that.
         lanes = Lanes(8, 32, warps=2, run=4, buffers=1)
         with pytest.raises(BackendError, match="shared memory"):
-            divisions.fitted("scan_backward", lanes, layouts(F32), torch.device("cpu"))
+            divisions.fitted("scan_backward", lanes, layouts(F32), cpu)
         return
-    for b in (1, 8, 4096):
-        for name, lanes_of in (
-            ("scan_forward", divisions.forward_lanes),
-            ("scan_backward", divisions.backward_lanes),
-        ):
-            lanes = lanes_of(b, 2048, 1536, n, torch.device("cpu"))
-            fitted = divisions.fitted(name, lanes, layouts(dtype), torch.device("cpu"))
-            assert divisions.shared_bytes(name, fitted, layouts(dtype)) <= room
-            assert n <= fitted.S * fitted.SL
-    divisions.fitted.cache_clear()
-    divisions.forward_lanes.cache_clear()
-    divisions.backward_lanes.cache_clear()
+    for kernel, b, l in itertools.product(
+        ("scan_forward", "scan_backward"), (1, 8, 4096), (7, 32768)
+    ):
+        lanes = divisions.ruled(kernel, (b, l, 1536, n), layouts(dtype), cpu)
+        assert divisions.shared_bytes(kernel, lanes, layouts(dtype)) <= room
+        assert n <= lanes.S * lanes.SL
+        assert 1 <= lanes.segments <= max(1, l // 64)
+        assert lanes.segments == 1 or b < 4096
+
+
+@pytest.mark.parametrize(
+    ("b", "e", "l", "segments"),
+    [
+        (1, 1536, 32768, (27, 24)), (1, 1536, 512, (1, 8)), (8, 1536, 2048, (1, 1)),
+        (1, 5120, 2048, (4, 4)), (4, 1536, 256, (1, 1)),
+    ],
+)  # fmt: skip
+def test_segments_fill_an_h100(b, e, l, segments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**H100))
+    given = layouts(BF16)
+    for kernel, expected in zip(("scan_forward", "scan_backward"), segments, strict=True):
+        used = (*given[:-1], ("Y", BF16, 1)) if kernel == "scan_forward" else given
+        lanes = divisions.ruled(kernel, (b, l, e, 16), used, torch.device("cpu"))
+        assert lanes.segments == expected
 
 
 def layouts(dtype):
