@@ -153,10 +153,10 @@ def shared_bytes(name: str, lanes: Lanes, layouts: tuple[tuple[str, torch.dtype,
     return 4 * numbers + raw + 64
 
 
-# Warps on each multiprocessor that keep it busy.
-MANY_WARPS = 20
+# Warps on each multiprocessor that keep it busy; and as many of larger threads, forward.
+MANY_WARPS, MANY_LARGE_WARPS = 20, 11
 # Steps below which it is not worth another launch to cut the length, forward and backward.
-SHORT_FORWARD, SHORT_BACKWARD = 1024, 512
+SHORT = {"scan_forward": 1024, "scan_backward": 512}
 # A segment has that many steps at least; and that many are too few to fill the card a second time.
 LEAST_STEPS, FEW_STEPS = 2 * TILE, 1024
 
@@ -170,24 +170,46 @@ def ruled(
 ) -> Lanes:
     """The division that was fastest where it was measured (an H100; benchmarks/results)."""
     b, l, e, n = sizes
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def warps(lanes: Lanes) -> float:
+        return lanes.blocks(b, e) * lanes.warps / processors
+
+    def cut(lanes: Lanes) -> Lanes:
+        lanes = fitted(kernel, lanes, layouts, device)
+        room = processors * _at_once(kernel, lanes, layouts, device)
+        parts = 1 if l < SHORT[kernel] else _segments(l, lanes.blocks(b, e), room)
+        return replace(lanes, segments=parts)
+
     padded = 1 << (n - 1).bit_length()
     S = min(4 if n <= 16 else 8, padded)
     lanes = Lanes(S, padded // S)
-    card = torch.cuda.get_device_properties(device)
-    many = lanes.blocks(b, e) * lanes.warps >= MANY_WARPS * card.multi_processor_count
     if n > 128:
         # Shared memory is what there is least of.
-        lanes = replace(lanes, warps=2, run=4, buffers=1)
-    elif many and (kernel == "scan_forward") == (n <= 16) and n <= 64:
-        lanes = replace(lanes, warps=8)
-    lanes = fitted(kernel, lanes, layouts, device)
-    # Each block has a kilobyte of the card's own.
-    at_once = card.shared_memory_per_multiprocessor // (shared_bytes(kernel, lanes, layouts) + 1024)
-    room = at_once * card.multi_processor_count
-    short = SHORT_FORWARD if kernel == "scan_forward" else SHORT_BACKWARD
-    if l < short:
-        return lanes
-    return replace(lanes, segments=_segments(l, lanes.blocks(b, e), room))
+        return cut(replace(lanes, warps=2, run=4, buffers=1))
+    if kernel == "scan_backward":
+        return cut(replace(lanes, warps=8 if 16 < n <= 64 and warps(lanes) >= MANY_WARPS else 4))
+    # Larger threads have less to add across lanes, but there must be enough of them.
+    large = replace(lanes, S=2 * S, SL=lanes.SL // 2)
+    if n in (16, 64) and (warps(large) >= MANY_LARGE_WARPS or _long(cut(large), l)):
+        return cut(large)
+    return cut(replace(lanes, warps=8 if n <= 16 and warps(lanes) >= MANY_WARPS else 4))
+
+
+def _long(lanes: Lanes, l: int) -> bool:
+    """Whether the length fills the card with many segments that are long themselves."""
+    return lanes.segments >= 8 and l >= FEW_STEPS * lanes.segments
+
+
+def _at_once(
+    kernel: str,
+    lanes: Lanes,
+    layouts: tuple[tuple[str, torch.dtype, int], ...],
+    device: torch.device,
+) -> int:
+    """Blocks that a multiprocessor has shared memory for; the card takes a kilobyte of each."""
+    whole = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return whole // (shared_bytes(kernel, lanes, layouts) + 1024)
 
 
 def _segments(l: int, blocks: int, room: int) -> int:
