@@ -1,12 +1,15 @@
 """The choice of the next token as one launch, right where the next step reads it.
 
 A choice is a dozen small operators, and each takes as long to launch as a part of the step. So they
-are recorded, as they are: the graph calls the same kernels, and finds the same token.
+are recorded, as they are: the graph calls the same kernels, and finds the same token. One kernel
+more passes it on.
 """
 
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from mambapy.ops.gpu.record import recorded
@@ -22,10 +25,11 @@ class Chooser:
 
     Args:
         place: (b,) int64, where a step reads its token; the chosen one is written there.
+        step: the graph that makes the logits, where there is one.
     """
 
-    def __init__(self, place: Tensor) -> None:
-        self._place, self._times, self._room = place, 0, 0
+    def __init__(self, place: Tensor, step: torch.cuda.CUDAGraph | None) -> None:
+        self._place, self._step, self._times, self._room = place, step, 0, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, n: int, noise: Tensor | None) -> None:
@@ -39,9 +43,9 @@ class Chooser:
     def go(self, choice: Choice, logits: Callable[[], Tensor]) -> None:
         """Choose one; it goes to `tokens` too, after those since `begin`."""
         self._times += 1
-        if self._times > FIRST and self._graph is None and self._place.is_cuda:
+        if self._times > FIRST and self._graph is None and self._step is not None:
             graph = torch.cuda.CUDAGraph()
-            with recorded(graph, torch.cuda.Stream()):
+            with recorded(graph, torch.cuda.Stream(), self._step.pool()):
                 self._choose(choice, logits())
             self._graph = graph
         if self._graph is None:
@@ -62,7 +66,22 @@ class Chooser:
     def _choose(self, choice: Choice, logits: Tensor) -> None:
         """What is recorded."""
         noise = None if self._noise is None else self._noise.index_select(0, self._at)[0]
-        token = choice(logits, noise, self._place)
-        self._place.copy_(token)
-        self.tokens.index_copy_(0, self._at, token[None])
-        self._at.add_(1)
+        b, eos = len(self._place), choice.eos
+        _pass_on[(1,)](
+            choice(logits, noise, None), self._place, self.tokens, self._at, b,
+            0 if eos is None else eos, ENDS=eos is not None, B=triton.next_power_of_2(b),
+        )  # fmt: skip
+
+
+@triton.jit
+def _pass_on(chosen, place, tokens, at, b, eos, ENDS: tl.constexpr, B: tl.constexpr):
+    """Write what was chosen to where it is read; a row that has ended repeats its end."""
+    row, i = tl.arange(0, B), tl.load(at)
+    inside = row < b
+    token = tl.load(chosen + row, mask=inside)
+    if ENDS:
+        token = tl.where(tl.load(place + row, mask=inside) == eos, eos, token)
+    tl.debug_barrier()
+    tl.store(place + row, token, mask=inside)
+    tl.store(tokens + i * b + row, token, mask=inside)
+    tl.store(at, i + 1)

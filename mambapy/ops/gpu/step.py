@@ -270,7 +270,7 @@ class GpuPlan(KeepingPlan):
             self._wait()
             place.copy_(token)
             # The last used is the last.
-            chooser = self._choosers.pop(choice, None) or Chooser(place)
+            chooser = self._choosers.pop(choice, None) or Chooser(place, self._graph)
             self._choosers[choice] = chooser
             if len(self._choosers) > MOST_CHOOSERS:
                 del self._choosers[next(iter(self._choosers))]
