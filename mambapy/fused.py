@@ -238,8 +238,9 @@ class Decoder:
         plan, output = found
         # A token that is out of range is refused.
         given = self._model.step_input(token)
-        see = lambda: self._model.step_output(plan.look(output))  # noqa: E731
-        return plan.choose(given, n, choice, noise, see)
+        return plan.choose(
+            given, n, choice, noise, lambda: self._model.step_output(plan.look(output))
+        )
 
     def _current(self, token: Tensor) -> tuple[KeepingPlan, Rows] | None:
         """A plan that has the state, and where its result is; None if it goes op by op."""

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# Tokens that a GPU calculates at once. That a model may have changed is looked at as often.
+# So many tokens a GPU is ahead, and calculates at once. As often, a change of the model is noticed.
 AHEAD = 4
 
 
@@ -263,12 +263,12 @@ def _tokens(
     with closing(decoder):
         while ahead or count < num_tokens:
             while len(ahead) <= most and count < num_tokens:
-                n = min(max(most, 1), num_tokens - count)
-                draws = None if noise is None else noise[count : count + n]
+                end = min(count + max(most, 1), num_tokens)
                 with evaluating(model):
-                    values = _choose(decoder, last, n, choice, draws)
+                    draws = None if noise is None else noise[count:end]
+                    values = _choose(decoder, last, end - count, choice, draws)
                     ahead.extend(_sent(values, is_read=is_read))
-                last, count = values[-1], count + n
+                last, count = values[-1], count + len(values)
             oldest = ahead.popleft()
             yield oldest
             # A row that has ended repeats its end.
@@ -279,20 +279,16 @@ def _tokens(
 def _choose(
     decoder: Any, last: Tensor, n: int, choice: Choice, noise: Tensor | None
 ) -> Sequence[Tensor]:
-    """The next n tokens (b,), from noise (n, b)."""
+    """The next n tokens (b,), from noise (n, b), where a plan chooses them itself; else one."""
     by_plan = getattr(decoder, "choose", None)
     found = None if by_plan is None else by_plan(last, n, choice, noise)
     if found is not None:
         return found.unbind()
-    values = []
-    for i in range(n):
-        last = choice(decoder(last), None if noise is None else noise[i], last)
-        values.append(last)
-    return values
+    return [choice(decoder(last), None if noise is None else noise[0], last)]
 
 
 def most_ahead(device: torch.device) -> int:
-    """So many tokens a device calculates at once, while as many are waiting to be read."""
+    """How many tokens a device is ahead of those that are read, at least."""
     return AHEAD if device.type == "cuda" else 0
 
 

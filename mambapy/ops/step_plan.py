@@ -149,11 +149,6 @@ class StepPlan(ABC):
 class Choice(Protocol):
     """How a token is chosen; equal ones choose alike. `sampling.Choice` is one."""
 
-    @property
-    def eos(self) -> int | None:
-        """The token that a row repeats that has it."""
-        ...
-
     def __hash__(self) -> int: ...
 
     def __call__(self, logits: Tensor, noise: Tensor | None, last: Tensor | None) -> Tensor:

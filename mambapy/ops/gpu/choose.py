@@ -1,15 +1,12 @@
 """The choice of the next token as one launch, right where the next step reads it.
 
 A choice is a dozen small operators, and each takes as long to launch as a part of the step. So they
-are recorded, as they are: the graph calls the same kernels, and finds the same token. One kernel
-more passes it on.
+are recorded, as they are: the graph calls the same kernels, and finds the same token.
 """
 
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mambapy.ops.gpu.record import recorded
@@ -66,22 +63,7 @@ class Chooser:
     def _choose(self, choice: Choice, logits: Tensor) -> None:
         """What is recorded."""
         noise = None if self._noise is None else self._noise.index_select(0, self._at)[0]
-        b, eos = len(self._place), choice.eos
-        _pass_on[(1,)](
-            choice(logits, noise, None), self._place, self.tokens, self._at, b,
-            0 if eos is None else eos, ENDS=eos is not None, B=triton.next_power_of_2(b),
-        )  # fmt: skip
-
-
-@triton.jit
-def _pass_on(chosen, place, tokens, at, b, eos, ENDS: tl.constexpr, B: tl.constexpr):
-    """Write what was chosen to where it is read; a row that has ended repeats its end."""
-    row, i = tl.arange(0, B), tl.load(at)
-    inside = row < b
-    token = tl.load(chosen + row, mask=inside)
-    if ENDS:
-        token = tl.where(tl.load(place + row, mask=inside) == eos, eos, token)
-    tl.debug_barrier()
-    tl.store(place + row, token, mask=inside)
-    tl.store(tokens + i * b + row, token, mask=inside)
-    tl.store(at, i + 1)
+        token = choice(logits, noise, self._place)
+        self._place.copy_(token)
+        self.tokens.index_copy_(0, self._at, token[None])
+        self._at.add_(1)
