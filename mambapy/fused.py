@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mambapy import ops
 from mambapy.errors import ShapeError
 from mambapy.layers import hook_tables
-from mambapy.ops.step_plan import KeepingPlan, Rows, StepPlan
+from mambapy.ops.step_plan import Choice, KeepingPlan, Rows, StepPlan
 from mambapy.state import ModelState
 
 # Attributes of a layer that its part of a plan depends on, besides its parameters.
@@ -209,20 +209,50 @@ class Decoder:
         Raises:
             ShapeError: there is not one token for each row of the state.
         """
+        found = self._current(token)
+        if found is None:
+            result, self._state = self._model.step(token, self._state)
+            return result
+        plan, output = found
+        plan.advance([self._model.step_input(token)])
+        seen = plan.look(output)
+        result = self._model.step_output(seen)
+        # Most often that was a conversion, and so a copy already.
+        return result.clone() if result.data_ptr() == seen.data_ptr() else result
+
+    def choose(self, token: Tensor, n: int, choice: Choice, noise: Tensor | None) -> Tensor | None:
+        """The next n tokens, where a plan can choose them itself: each follows the one before.
+
+        Args:
+            token: (b,) the last one.
+            n: how many.
+            choice: a `sampling.Choice`.
+            noise: (n, b) what it is given.
+
+        Returns:
+            (n, b), or None where it has to be done step by step.
+        """
+        found = self._current(token)
+        if found is None or not found[0].chooses:
+            return None
+        plan, output = found
+        # A token that is out of range is refused.
+        given = self._model.step_input(token)
+        return plan.choose(
+            given, n, choice, noise, lambda: self._model.step_output(plan.look(output))
+        )
+
+    def _current(self, token: Tensor) -> tuple[KeepingPlan, Rows] | None:
+        """A plan that has the state, and where its result is; None if it goes op by op."""
         planned = self._planned
         if len(token) != self._state.batch_size:
             raise ShapeError(f"{len(token)} tokens for a state of {self._state.batch_size} rows")
         if not self._op_by_op and (planned is None or not planned.snapshot.holds()):
             planned = self._begin(token)
         if planned is None or planned.output is None:
-            result, self._state = self._model.step(token, self._state)
-            return result
+            return None
         assert isinstance(planned.plan, KeepingPlan)
-        planned.plan.advance([self._model.step_input(token)])
-        seen = planned.plan.look(planned.output)
-        result = self._model.step_output(seen)
-        # Most often that was a conversion, and so a copy already.
-        return result.clone() if result.data_ptr() == seen.data_ptr() else result
+        return planned.plan, planned.output
 
     @property
     def state(self) -> ModelState:

@@ -5,7 +5,7 @@ Who calls whom:
     generate         texts from texts      -> _tokens
     stream_text      pieces of one text    -> _tokens
     generate_tokens  ids from ids          -> stream_tokens -> _tokens
-    _tokens          prefill, then for each token: sample_token, step
+    _tokens          prefill, then for each token: Choice, step
 
 The state has a fixed size, so a token costs the same after ten tokens as after ten thousand.
 """
@@ -13,14 +13,29 @@ The state has a fixed size, so a token costs the same after ten tokens as after 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mambapy.errors import ConfigError, DataError, ShapeError
 from mambapy.layers import evaluating
+from mambapy.sampling import Choice, draw_noise, sample_token
 from mambapy.tokenizer import Tokenizer
+
+__all__ = [
+    "LanguageModel",
+    "generate",
+    "generate_tokens",
+    "pad_right",
+    "sample_token",
+    "stream_text",
+    "stream_tokens",
+]
+
+
+# So many tokens a GPU is ahead, and calculates at once. As often, a change of the model is noticed.
+AHEAD = 4
 
 
 class LanguageModel(Protocol):
@@ -81,7 +96,9 @@ def generate(
         ConfigError: an option is out of its range.
         DataError: a prompt is empty, or the tokenizer gives ids that the model does not have.
     """
-    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
+    eos = tokenizer.eos_token_id
+    choice = Choice(sample, top_k, top_p, temperature, eos)
+    _check(num_tokens, seed)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} must be an integer >= 1")
     if not isinstance(prompt, str | list | tuple) or not prompt:
@@ -90,20 +107,8 @@ def generate(
     stops = _stops(stop)
     rows = [_encode(model, tokenizer, text) for text in prompts for _ in range(batch_size)]
     ids, mask = pad_right(rows, _device(model))
-    eos = tokenizer.eos_token_id
     texts = [_Text(tokenizer, row, stops) for row in rows]
-    tokens = _tokens(
-        model,
-        ids,
-        mask=mask,
-        num_tokens=num_tokens,
-        sample=sample,
-        top_k=top_k,
-        top_p=top_p,
-        temperature=temperature,
-        eos=eos,
-        seed=seed,
-    )
+    tokens = _tokens(model, ids, mask, num_tokens, choice, seed)
     with closing(tokens):
         for token in tokens:
             for text, value in zip(texts, token.read(), strict=True):
@@ -134,23 +139,13 @@ def stream_text(
     Yields:
         The text after the prompt, as it comes.
     """
-    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
+    eos = tokenizer.eos_token_id
+    choice = Choice(sample, top_k, top_p, temperature, eos)
+    _check(num_tokens, seed)
     row = _encode(model, tokenizer, prompt)
     ids, _ = pad_right([row], _device(model))
-    eos = tokenizer.eos_token_id
     text = _Text(tokenizer, row, _stops(stop))
-    tokens = _tokens(
-        model,
-        ids,
-        mask=None,
-        num_tokens=num_tokens,
-        sample=sample,
-        top_k=top_k,
-        top_p=top_p,
-        temperature=temperature,
-        eos=eos,
-        seed=seed,
-    )
+    tokens = _tokens(model, ids, None, num_tokens, choice, seed)
     # Whoever stops listening gets the model back in its mode at once.
     with closing(tokens):
         for token in tokens:
@@ -203,110 +198,98 @@ def stream_tokens(
         ConfigError: an option is out of its range.
         ShapeError: ids or mask do not fit, or a row of the mask has no real token.
     """
-    tokens = _tokens(
-        model,
-        ids,
-        mask=mask,
-        num_tokens=num_tokens,
-        sample=sample,
-        top_k=top_k,
-        top_p=top_p,
-        temperature=temperature,
-        eos=eos,
-        seed=seed,
-        is_read=False,
-    )
+    choice = Choice(sample, top_k, top_p, temperature, eos)
+    tokens = _tokens(model, ids, mask, num_tokens, choice, seed, is_read=False)
     with closing(tokens):
         for token in tokens:
             yield token.value
 
 
-class _Token:
-    """The next token of each row (b,), and whether all rows have ended: on its way to the CPU.
+class _Token(NamedTuple):
+    """The next token of each row (b,), and a copy on its way to the CPU if somebody reads it.
 
     To wait for a number from a GPU stalls it. So numbers are sent when they are ready, and read
-    some tokens later; the tokens themselves if somebody reads them.
+    some tokens later.
     """
 
-    def __init__(self, value: Tensor, ended: Tensor | None, *, is_read: bool) -> None:
-        self.value, self._came = value, None
-        self._value = value.to("cpu", non_blocking=True) if is_read else None
-        self._ended = None if ended is None else ended.all().to("cpu", non_blocking=True)
-        if value.is_cuda and (is_read or ended is not None):
-            # On the stream of that device, which need not be the current one.
-            self._came = torch.cuda.current_stream(value.device).record_event()
+    value: Tensor
+    copy: Tensor | None = None
+    came: torch.cuda.Event | None = None
 
     def read(self) -> list[int]:
-        """The tokens."""
-        self._wait()
-        assert self._value is not None
-        return self._value.tolist()
+        """The token of each row."""
+        if self.came is not None:
+            self.came.synchronize()
+        assert self.copy is not None
+        return self.copy.tolist()
 
-    def is_last(self) -> bool:
-        """Whether all rows have ended."""
-        if self._ended is None:
-            return False
-        self._wait()
-        return bool(self._ended)
 
-    def _wait(self) -> None:
-        """Until it has come."""
-        if self._came is not None:
-            self._came.synchronize()
+def _sent(values: Sequence[Tensor], *, is_read: bool) -> list[_Token]:
+    """Tokens (b,) that follow each other, sent to the CPU together."""
+    if not is_read:
+        return [_Token(value) for value in values]
+    if not values[0].is_cuda:
+        return [_Token(value, value) for value in values]
+    copies = torch.stack(list(values)).to("cpu", non_blocking=True)
+    # On the stream of that device, which need not be the current one.
+    came = torch.cuda.current_stream(values[0].device).record_event()
+    return [_Token(value, copy, came) for value, copy in zip(values, copies, strict=True)]
 
 
 def _tokens(
     model: LanguageModel,
     ids: Tensor,
-    *,
     mask: Tensor | None,
     num_tokens: int,
-    sample: bool,
-    top_k: int | None,
-    top_p: float | None,
-    temperature: float,
-    eos: int | None,
+    choice: Choice,
     seed: int | None,
+    *,
     is_read: bool = True,
 ) -> Generator[_Token, None, None]:
     """`stream_tokens`; a GPU is some tokens ahead of what is yielded."""
-    _check_sampling(num_tokens, top_k, top_p, temperature, seed)
+    _check(num_tokens, seed)
     if mask is not None and not bool(mask.any(dim=1).all()):
         raise ShapeError("every row of mask needs at least one real token")
-    greedy = not sample or temperature == 0
-    # All random numbers at once: a row's draws do not depend on the rows beside it.
-    noise = None if greedy else _noise(ids.shape[0], num_tokens, seed).to(ids.device)
-    ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    ahead: deque[_Token] = deque()
-    token: Tensor | None = None
+    is_read = is_read or choice.eos is not None
+    # All random numbers at once.
+    noise = None if choice.greedy else draw_noise(len(ids), num_tokens, seed).to(ids.device)
     # Whoever takes a token gets it in the mode he was in himself, and may train meanwhile.
     with evaluating(model):
         logits, state = model.prefill(ids, mask=mask, logits_to_keep=1)
-        logits = logits[:, -1]
+        last = choice(logits[:, -1], None if noise is None else noise[0], None)
+        ahead, count = deque(_sent([last], is_read=is_read)), 1
         decoder = _decoder(model, state)
-    with closing(decoder) as step:
-        for i in range(num_tokens):
-            with evaluating(model):
-                if token is not None:
-                    logits = step(token)
-                if noise is None:
-                    token = logits.argmax(dim=-1)
-                else:
-                    token = sample_token(logits, noise[:, i], top_k, top_p, temperature)
-                if eos is not None:
-                    token = torch.where(ended, eos, token)
-                    ended = ended | (token == eos)
-                ahead.append(_Token(token, None if eos is None else ended, is_read=is_read))
-            while len(ahead) > (most_ahead(ids.device) if i + 1 < num_tokens else 0):
-                oldest = ahead.popleft()
-                yield oldest
-                if oldest.is_last():
-                    return
+    most = most_ahead(ids.device)
+    with closing(decoder):
+        while ahead or count < num_tokens:
+            while len(ahead) <= most and count < num_tokens:
+                end = min(count + max(most, 1), num_tokens)
+                with evaluating(model):
+                    draws = None if noise is None else noise[count:end]
+                    values = _choose(decoder, last, end - count, choice, draws)
+                    ahead.extend(_sent(values, is_read=is_read))
+                last, count = values[-1], count + len(values)
+            oldest = ahead.popleft()
+            yield oldest
+            # A row that has ended repeats its end.
+            if choice.eos is not None and set(oldest.read()) == {choice.eos}:
+                return
+
+
+def _choose(
+    decoder: Any, last: Tensor, n: int, choice: Choice, noise: Tensor | None
+) -> Sequence[Tensor]:
+    """The next n tokens (b,), from noise (n, b), where a plan chooses them itself; else one."""
+    by_plan = getattr(decoder, "choose", None)
+    found = None if by_plan is None else by_plan(last, n, choice, noise)
+    if found is not None:
+        return found.unbind()
+    return [choice(decoder(last), None if noise is None else noise[0], last)]
 
 
 def most_ahead(device: torch.device) -> int:
-    """How many tokens a device is ahead of those that are read."""
-    return 4 if device.type == "cuda" else 0
+    """How many tokens a device is ahead of those that are read, at least."""
+    return AHEAD if device.type == "cuda" else 0
 
 
 class _Steps:
@@ -327,36 +310,6 @@ def _decoder(model: LanguageModel, state: Any) -> Any:
     """What gives the logits (b, v) after a token (b,), and keeps the state itself."""
     make = getattr(model, "decoder", None)
     return _Steps(model, state) if make is None else make(state)
-
-
-def sample_token(
-    logits: Tensor,
-    noise: Tensor,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """Draw a token of each row by inverting the cumulative distribution.
-
-    Args:
-        logits: (b, v).
-        noise: (b,) uniform in [0, 1).
-        top_k: keep the k most likely tokens; None or 0 for all.
-        top_p: keep the most likely tokens that together have this probability; at least one.
-        temperature: divides the logits, > 0.
-
-    Returns:
-        (b,) int64.
-    """
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    values, tokens = logits.float().topk(k, dim=-1)  # (b, k), the most likely first
-    p = torch.softmax(values / temperature, dim=-1)
-    total = p.cumsum(dim=-1)
-    if top_p is not None:
-        p = p.masked_fill(total - p >= top_p, 0.0)
-        total = p.cumsum(dim=-1)
-    chosen = (total <= noise[:, None] * total[:, -1:]).sum(dim=-1).clamp(max=k - 1)  # (b,)
-    return tokens.gather(1, chosen[:, None])[:, 0]
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -428,14 +381,6 @@ class _Text:
         return self.tokenizer.decode(self.window)
 
 
-def _noise(b: int, num_tokens: int, seed: int | None) -> Tensor:
-    """(b, num_tokens) uniform numbers, row i from its own generator."""
-    if seed is None:
-        return torch.rand(b, num_tokens)
-    rows = [torch.Generator().manual_seed(seed + i) for i in range(b)]
-    return torch.stack([torch.rand(num_tokens, generator=row) for row in rows])
-
-
 def _encode(model: LanguageModel, tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's token ids, at least one, all of them known to the model."""
     if not isinstance(prompt, str):
@@ -461,20 +406,12 @@ def _stops(stop: str | Sequence[str] | None) -> list[str]:
     return stops
 
 
-def _check_sampling(
-    num_tokens: int, top_k: int | None, top_p: float | None, temperature: float, seed: int | None
-) -> None:
-    """Raise unless every option is in its range."""
+def _check(num_tokens: int, seed: int | None) -> None:
+    """Raise unless both are in their range."""
     if not isinstance(num_tokens, int) or num_tokens < 1:
         raise ConfigError(f"num_tokens={num_tokens!r} must be an integer >= 1")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 0):
-        raise ConfigError(f"top_k={top_k!r} must be an integer >= 1, or 0 or None for all tokens")
     if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
         raise ConfigError(f"seed={seed!r} must be an integer from 0 to 2^63 - 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ConfigError(f"top_p={top_p} must be above 0 and at most 1")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature={temperature} must be finite and >= 0")
 
 
 def _device(model: LanguageModel) -> torch.device:

@@ -6,6 +6,7 @@ from mambapy import generation
 from mambapy.errors import ConfigError, DataError, ShapeError
 from mambapy.generation import generate_tokens, sample_token
 from mambapy.lm import LM
+from mambapy.sampling import Choice
 from mambapy.tokenizer import ByteTokenizer
 from tests.helpers import tiny
 
@@ -158,6 +159,20 @@ def test_sampling_filters():
     cold = [0.25, 0.09, 0.0225, 0.0025]
     assert shares(temperature=0.5) == pytest.approx([c / sum(cold) for c in cold], abs=2e-3)
     assert shares(top_k=99)[3] > 0
+
+
+def test_a_choice():
+    logits = torch.tensor([[0.0, 2, 1], [3, 0, 1], [0, 1, 4]])
+    last = torch.tensor([2, 1, 0])
+    assert Choice(sample=False)(logits, None, last).tolist() == [1, 0, 2]
+    assert Choice(sample=False, eos=2)(logits, None, last).tolist() == [2, 0, 2]
+    assert Choice(sample=False, eos=2)(logits, None, None).tolist() == [1, 0, 2]
+    choice, noise = Choice(top_k=2, eos=0), torch.tensor([0.0, 0.99, 0.99])
+    assert choice(logits, noise, last).tolist() == [1, 2, 0]
+    assert choice == Choice(top_k=2, eos=0)
+    assert hash(choice) == hash(Choice(top_k=2, eos=0))
+    assert choice != Choice(top_k=2, eos=0, temperature=0.5)
+    assert Choice(temperature=0).greedy
 
 
 def test_temperature_zero_is_greedy(model, tokenizer):  # trap 61

@@ -6,7 +6,8 @@ with it (`plan_step`) as they write it with tensors.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -145,8 +146,42 @@ class StepPlan(ABC):
         return self._workspace.as_strided(shape, strides, rows.start)
 
 
+class Choice(Protocol):
+    """How a token is chosen; equal ones choose alike. `sampling.Choice` is one."""
+
+    def __hash__(self) -> int: ...
+
+    def __call__(self, logits: Tensor, noise: Tensor | None, last: Tensor | None) -> Tensor:
+        """Tokens (b,) by logits (b, v), noise (b,), and the tokens before."""
+        ...
+
+
 class KeepingPlan(StepPlan):
     """A plan that keeps the states, and changes them in place."""
+
+    @property
+    @abstractmethod
+    def chooses(self) -> bool:
+        """Whether `choose` can be called: whether tokens are all it takes."""
+
+    @abstractmethod
+    def choose(
+        self,
+        token: Tensor,
+        n: int,
+        choice: Choice,
+        noise: Tensor | None,
+        logits: Callable[[], Tensor],
+    ) -> Tensor:
+        """`advance` n times, from tokens (b,) on and then from those that are chosen: (n, b).
+
+        Args:
+            token: (b,) where it begins.
+            n: how many.
+            choice: how a token is chosen.
+            noise: (n, b) what it is given.
+            logits: gives the logits of the last step, where they lie.
+        """
 
     @abstractmethod
     def embed(self, table: Weights, name: str) -> Rows:

@@ -16,7 +16,7 @@ To that end a norm or a product waits in `_later` until something reads it, and 
 that, or is launched by itself. States live in the plan and are changed in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -26,11 +26,14 @@ from torch import Tensor
 
 from mambapy.ops.gpu import step_kernel as kernel
 from mambapy.ops.gpu import step_tiles as tiles
+from mambapy.ops.gpu.choose import Chooser
 from mambapy.ops.gpu.record import recorded
-from mambapy.ops.step_plan import KeepingPlan, Rows, Weights
+from mambapy.ops.step_plan import Choice, KeepingPlan, Rows, Weights
 
 # Whether a kernel starts while the one before it still runs, where the card can do that.
 OVERLAP = True
+# How many ways to choose a token a plan keeps recorded.
+MOST_CHOOSERS = 4
 
 
 class _Norm(NamedTuple):
@@ -87,6 +90,7 @@ class GpuPlan(KeepingPlan):
         self._between = torch.float32
         self._graph: torch.cuda.CUDAGraph | None = None
         self._done: torch.cuda.Event | None = None
+        self._choosers: dict[Choice, Chooser] = {}
         self._overlap = (
             OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         )
@@ -244,11 +248,46 @@ class GpuPlan(KeepingPlan):
             self._wait()
             for place, x in zip(places, inputs, strict=True):
                 place.copy_(x)
-            if self._graph is None:
-                self._launch_all()
-            else:
-                self._graph.replay()
+            self._step()
             self.release()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether tokens are all it takes."""
+        return len(self._tokens) == 1 and not self._inputs
+
+    def choose(
+        self,
+        token: Tensor,
+        n: int,
+        choice: Choice,
+        noise: Tensor | None,
+        logits: Callable[[], Tensor],
+    ) -> Tensor:
+        """Run every stage n times, and choose a token after each; see `Chooser`."""
+        (place,) = self._tokens
+        with self._here():
+            self._wait()
+            place.copy_(token)
+            # The last used is the last.
+            chooser = self._choosers.pop(choice, None) or Chooser(place, self._graph)
+            self._choosers[choice] = chooser
+            if len(self._choosers) > MOST_CHOOSERS:
+                del self._choosers[next(iter(self._choosers))]
+            chooser.begin(n, noise)
+            for _ in range(n):
+                self._step()
+                chooser.go(choice, logits)
+            found = chooser.tokens[:n].clone()
+            self.release()
+        return found
+
+    def _step(self) -> None:
+        """Run every stage once."""
+        if self._graph is None:
+            self._launch_all()
+        else:
+            self._graph.replay()
 
     def states(self) -> list[Tensor]:
         """Copies of the states."""

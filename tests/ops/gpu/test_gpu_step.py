@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from mambapy import fused, ops
+from mambapy import fused, generation, ops
 from mambapy.config import Mamba2Config, MambaConfig
-from mambapy.generation import generate_tokens
+from mambapy.generation import generate_tokens, stream_tokens
 from mambapy.lm import LM
 from mambapy.ops.cpu.step import CpuPlan
 from mambapy.ops.step_plan import Weights
@@ -17,7 +17,7 @@ from tests.helpers import assert_near
 
 pytest.importorskip("triton")
 
-from mambapy.ops.gpu import step
+from mambapy.ops.gpu import choose, step
 from mambapy.ops.gpu.step import GpuPlan
 
 CUDA = torch.cuda.is_available()
@@ -241,6 +241,57 @@ def test_decoder_keeps_its_state(planned_on_gpu):
     assert len(lm._plans) == 1
 
 
+WAYS = [
+    {"sample": False},
+    {"sample": False, "eos": 7},
+    {"seed": 1, "eos": 7},
+    {"seed": 2, "top_k": None, "top_p": 0.8, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_plan_chooses_what_is_chosen_op_by_op(planned_on_gpu, monkeypatch, options):
+    lm = away_from_the_start(mamba())
+    ids = torch.randint(0, 50, (3, 5), device=DEVICE)
+    monkeypatch.setattr(generation, "most_ahead", lambda device: 3)
+    found = [generate_tokens(lm, ids, num_tokens=9, **options) for _ in range(2)]
+    (planned,) = lm._plans.values()
+    assert len(planned.plan._choosers) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "refuses_fused_step", lambda *_: "to compare")
+        expected = generate_tokens(lm, ids, num_tokens=9, **options)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
+
+
+def test_a_stream_notices_that_its_model_has_changed(planned_on_gpu, monkeypatch):
+    monkeypatch.setattr(generation, "most_ahead", lambda device: 0)
+    lm = away_from_the_start(mamba())
+    ids, weight = torch.randint(0, 50, (2, 5), device=DEVICE), lm.norm_f.weight
+
+    def texts():
+        lm.norm_f.weight = weight
+        tokens = []
+        for i, token in enumerate(stream_tokens(lm, ids, num_tokens=6, sample=False)):
+            tokens.append(token)
+            if i == 2:
+                lm.norm_f.weight = nn.Parameter(-weight)
+        return torch.stack(tokens)
+
+    found = texts()
+    monkeypatch.setattr(ops, "refuses_fused_step", lambda *_: "to compare")
+    assert torch.equal(found, texts())
+
+
+def test_a_plan_keeps_few_ways_to_choose(planned_on_gpu):
+    lm = away_from_the_start(mamba())
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    for k in range(1, step.MOST_CHOOSERS + 3):
+        generate_tokens(lm, ids, num_tokens=2, top_k=k)
+    (planned,) = lm._plans.values()
+    assert [choice.top_k for choice in planned.plan._choosers] == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("dtype", "b", "tolerance"),
     [
@@ -307,6 +358,27 @@ def test_fifty_tokens_of_a_graph_are_those_op_by_op(monkeypatch, overlap):
         with monkeypatch.context() as patch:
             patch.setattr(ops, "refuses_fused_step", lambda *_: "to compare")
             assert torch.equal(found, generate_tokens(lm, ids, num_tokens=50, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", WAYS, ids=str)
+def test_a_recorded_choice_is_the_same(monkeypatch, options, dtype):
+    lm = away_from_the_start(mamba(d_model=64, n_layers=2)).to(dtype)
+    ids = torch.randint(0, 50, (3, 5), device=DEVICE)
+    with torch.inference_mode():
+        first = generate_tokens(lm, ids, num_tokens=50, **options)
+    later = generate_tokens(lm, ids, num_tokens=50, **options)
+    kept = list(stream_tokens(lm, ids, num_tokens=50, **options))
+    (planned,) = lm._plans.values()
+    (chooser,) = planned.plan._choosers.values()
+    assert chooser._graph is not None
+    lm._plans.clear()
+    monkeypatch.setattr(choose, "FIRST", 1000)
+    expected = generate_tokens(lm, ids, num_tokens=50, **options)
+    for found in (first, later, torch.stack(kept, dim=1)):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
