@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mambapy import ops
 from mambapy.errors import ShapeError
 from mambapy.experts import Experts
-from mambapy.layers import RMSNorm, WideParameters, is_plain, wide
+from mambapy.layers import RMSNorm, WideParameters, add_and_norm, is_plain, wide
 from mambapy.ragged import Ragged
 from mambapy.state import State
 
@@ -233,35 +233,52 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
         """Map the residual stream (b, l, d) to the next."""
-        y = self.mixer(self.norm(x), ragged)
+        x, y = self.go_on(x, None, ragged)
+        return x + y
+
+    def go_on(self, x: Tensor, added: Tensor | None, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        """`forward` of x + added, all (b, l, d): two tensors likewise, whose sum is the next.
+
+        So that an addition and the norm after it, in the next block, are one pass.
+        """
+        y, x = add_and_norm(self.norm, x, added)
+        return self._after(x, self._dropped(self.mixer(y, ragged)))
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        """The mixer's branch (b, l, d) of the rows that do not skip it."""
         if self.training and self.drop_path:
             y = y * (torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path).to(y.dtype)
             y = y / (1 - self.drop_path)
-        return self._after(x + y)
+        return y
 
     def routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor | None]:
         """The same, and the router's logits (b, l, E) where there are experts."""
-        x = x + self.mixer(self.norm(x), ragged)
+        y = self.mixer(self.norm(x), ragged)
         if not isinstance(self.mlp, Experts) or self.norm2 is None:
-            return self._after(x), None
-        y, logits = self.mlp.routed(self.norm2(x))
+            x, y = self._after(x, y)
+            return x + y, None
+        y, x = add_and_norm(self.norm2, x, y)
+        y, logits = self.mlp.routed(y)
         return x + y, logits
 
     def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
         """The same from a state on, with the state after the last token."""
         y, state = self.mixer.prefill(self.norm(x), state, ragged)
-        return self._after(x + y), state
+        x, y = self._after(x, y)
+        return x + y, state
 
     def step(self, x: Tensor, state: State, dt_scale: Tensor | None = None) -> tuple[Tensor, State]:
         """The same for one token, (b, d)."""
         y, state = self.mixer.step(self.norm(x), state, dt_scale)
-        return self._after(x + y), state
+        x, y = self._after(x, y)
+        return x + y, state
 
-    def _after(self, x: Tensor) -> Tensor:
-        """The MLP's branch."""
+    def _after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP's branch of x + y: what it is of, and what it gives; x and y without an MLP."""
         if self.mlp is None or self.norm2 is None:
-            return x
-        return x + self.mlp(self.norm2(x))
+            return x, y
+        y, x = add_and_norm(self.norm2, x, y)
+        return x, self.mlp(y)
 
     def plan_step(self, plan: "StepPlan", residual: "Rows") -> bool:
         """Append `step` to a plan, in place; False where it must be called instead."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 # A schema of older torch is read from List, not from list.
-from typing import List
+from typing import Any, List, cast
 
 import torch
 from torch import Tensor
@@ -136,8 +136,29 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     options = ctx.dt_softplus, ctx.reverse
+    grad_z = _beside_a_gap(tensors[6])
+    if grad_z is not None:
+        backward = _kernels("selective_scan", grad_y).backward
+        grads = backward(grad_y, grad_last, starts, *tensors, *options, grad_z=grad_z)
+        return (*grads, None, None, None, None)
     grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, *options))
     return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None, None)
+
+
+def _beside_a_gap(z: Tensor | None) -> Tensor | None:
+    """Where the gradient of a gate goes that is the second half of wider rows, on a GPU.
+
+    It is the second half of such rows as well, and `_ConvAndGate` fills the first.
+    """
+    if z is None or not z.is_cuda or is_traced():
+        return None
+    b, l, e = z.shape
+    if z.stride()[1:] != (2 * e, 1):
+        return None
+    whole = z.new_empty(b, l, 2 * e)
+    grad_z: Any = whole[..., e:]
+    grad_z.mambapy_whole = whole
+    return cast(Tensor, grad_z)
 
 
 _call_scan = differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
@@ -217,6 +238,73 @@ _call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
 _call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
 
 
+class _ConvAndGate(torch.autograd.Function):
+    """The convolution of the first half of xz, and its other half z: one gradient for both.
+
+    Of xz.chunk(2, -1) the gradient is a copy of what its halves get.
+    """
+
+    @staticmethod
+    def forward(
+        xz: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool
+    ):
+        x, z = _halves(xz)
+        return _call_conv(x, weight, bias, None, seq_idx, silu, False), z
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_z):
+        xz, weight, bias, seq_idx = ctx.saved_tensors
+        x, z = _halves(xz)
+        if grad_y is None:
+            grad_y = torch.zeros_like(x)
+        if torch.is_grad_enabled():
+            grads = differentiable_gradients(
+                lambda xz, weight, bias: _reference_conv_and_gate(
+                    xz, weight, bias, seq_idx, ctx.silu
+                ),
+                (xz, weight, bias),
+                ctx.needs_input_grad[:3],
+                (grad_y, grad_z),
+            )
+            return (*grads, None, None)
+        whole = getattr(grad_z, "mambapy_whole", None)
+        if whole is None or (whole.shape, whole.dtype) != (xz.shape, xz.dtype):
+            whole = xz.new_empty(xz.shape)
+            _halves(whole)[1].copy_(torch.zeros_like(z) if grad_z is None else grad_z)
+        into_x, _ = _halves(whole)
+        if x.is_cuda and not is_traced():
+            backward = _kernels("conv1d", x).backward
+            _, *grads, _ = backward(
+                grad_y, x, weight, bias, None, seq_idx, ctx.silu, False, grad_x=into_x
+            )
+        else:
+            grad_x, *grads = _call_conv_backward(
+                grad_y, x, weight, bias, None, seq_idx, ctx.silu, False
+            )
+            into_x.copy_(grad_x)
+            grads = [*grads, None][:2]
+        return whole, *grads, None, None
+
+
+def _halves(xz: Tensor) -> tuple[Tensor, Tensor]:
+    """xz (..., 2e) as two views (..., e)."""
+    e = xz.shape[-1] // 2
+    return xz[..., :e], xz[..., e:]
+
+
+def _reference_conv_and_gate(xz, weight, bias, seq_idx, silu):
+    """What `_ConvAndGate` is."""
+    x, z = _halves(xz)
+    activation = "silu" if silu else None
+    return reference.causal_conv1d(x, weight, bias, activation=activation, seq_idx=seq_idx), z
+
+
 @custom_op("mambapy::rms_norm", mutates_args=())
 def _norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
@@ -227,45 +315,65 @@ def _norm(
 
 @_norm.register_fake
 def _(x, weight, residual, eps, dtype):
-    s = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    s = x.new_empty(0)
+    if residual is not None:
+        s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return x.new_empty(x.shape, dtype=dtype), s
 
 
 @custom_op("mambapy::rms_norm_backward", mutates_args=())
 def _norm_backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype)
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient to x too, where that is in another dtype than s.
+    narrow = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
+    out = None if x_dtype == s.dtype else narrow
+    grads = _kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype, out)
+    return *grads, narrow
 
 
 @_norm_backward.register_fake
-def _(grad_y, grad_s, s, weight, eps):
-    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+def _(grad_y, grad_s, s, weight, eps, x_dtype):
+    narrow = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
+    return s.new_empty(s.shape), weight.new_empty(weight.shape), narrow
 
 
 def _norm_setup(ctx, inputs, output):
     x, weight, residual, ctx.eps, ctx.y_dtype = inputs
     ctx.fused, ctx.dtype = residual is not None, x.dtype
+    ctx.residual_dtype = residual.dtype if ctx.fused else None
     ctx.save_for_backward(output[1] if ctx.fused else x, weight)
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradient(ctx, grad_y, grad_s):
     s, weight = ctx.saved_tensors
+    grad_s = grad_s if ctx.fused else None
     if grad_y is None:
-        grad_y = torch.zeros_like(s)
-    if torch.is_grad_enabled() and transform() is None and not ctx.fused:
-        grads = differentiable_gradients(
-            lambda x, weight: reference.rms_norm(x, weight, ctx.eps, ctx.y_dtype),
+        grad_y = torch.zeros_like(s, dtype=ctx.y_dtype)
+    if torch.is_grad_enabled() and transform() is None:
+        for_x, for_weight, for_residual = ctx.needs_input_grad[:3]
+        grad, grad_weight = differentiable_gradients(
+            # s as a view: it is an input as well.
+            lambda s, weight: (
+                reference.rms_norm(s, weight, ctx.eps, ctx.y_dtype),
+                s.view_as(s),
+            ),
             (s, weight),
-            ctx.needs_input_grad[:2],
-            (grad_y,),
+            (for_x or for_residual, for_weight),
+            (grad_y, grad_s),
         )
-        return (*grads, None, None, None)
-    grad, grad_weight = _call_norm_backward(
-        grad_y, grad_s if ctx.fused else None, s, weight, ctx.eps
-    )
-    return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None, None
+        grad_x = grad.to(ctx.dtype) if for_x else None
+        grad_residual = grad.to(ctx.residual_dtype) if for_residual else None
+        return grad_x, grad_weight, grad_residual, None, None
+    grad, grad_weight, narrow = _call_norm_backward(grad_y, grad_s, s, weight, ctx.eps, ctx.dtype)
+    grad_x = grad if ctx.dtype == s.dtype else narrow
+    return grad_x, grad_weight, grad.to(ctx.residual_dtype) if ctx.fused else None, None, None
 
 
 _call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
@@ -330,6 +438,21 @@ def causal_conv1d(
     return _kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse, out=out
     )
+
+
+def conv_and_gate(
+    xz: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv1d` of the first half of xz (b, l, 2e), and the other half: (b, l, e) each.
+
+    Only for a xz with a gradient, outside of torch.compile and torch.func.
+    """
+    return _ConvAndGate.apply(xz, weight, bias, seq_idx, activation == "silu")
 
 
 def rms_norm(

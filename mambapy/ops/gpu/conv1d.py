@@ -294,12 +294,17 @@ def backward(
     seq_idx: Tensor | None,
     activation: bool,
     reverse: bool,
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `forward` to (x, weight, bias, state); the pre-activation is computed again."""
+    """Gradients of `forward` to (x, weight, bias, state); the pre-activation is computed again.
+
+    That to x is written to `grad_x` (b, l, e), where it is given, whose last stride is 1.
+    """
     b, l, e = x.shape
     k = weight.shape[1]
     sizes = tile(b, l, e, BACKWARD)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if grad_x is None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_state = None if state is None else state.new_empty(state.shape)
     stretches = b * triton.cdiv(l, sizes["STEPS"])
     parts = torch.empty(stretches, k + 1, e, dtype=torch.float32, device=x.device)

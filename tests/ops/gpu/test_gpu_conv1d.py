@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mambapy import ops
 from mambapy.ops import reference
 from mambapy.ops.direction import conv_from_the_end
 from mambapy.ops.gpu import conv1d
@@ -177,3 +178,52 @@ def test_more_than_two_to_the_31_elements(device, reverse):
     chunks = zip(x[0].split(2**16), y[0].split(2**16), strict=True)
     last = sum(torch.einsum("le,le->e", a.double(), b.double()) for a, b in chunks)
     assert_near(grad_weight[:, 3], last, 1e-4)
+
+
+def test_a_gradient_written_into_half_of_a_tensor(device):
+    tensors = draw(device, 9, e=6)
+    grad_y = torch.randn(1, 9, 6, device=device)
+    whole = torch.zeros(1, 9, 12, device=device)
+    found = conv1d.backward(grad_y, *tensors.values(), True, False, grad_x=whole[..., :6])
+    expected = conv1d.backward(grad_y, *tensors.values(), True, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(whole[..., :6], expected[0])
+    assert not whole[..., 6:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="there is no GPU")
+@pytest.mark.parametrize("how", ["once", "twice", "hook", "alone"])
+def test_one_gradient_for_a_mixers_halves(device, how):
+    """Of x and z: written by the scan and the convolution, whatever else happens to them."""
+    b, l, e, n = 2, 70, 64, 16
+    xz, dt = torch.randn(b, l, 2 * e, device=device), torch.randn(b, l, e, device=device)
+    xz.requires_grad_()
+    weight, bias = torch.randn(e, 4, device=device), torch.randn(e, device=device)
+    A, (B, C) = -torch.rand(e, n, device=device), torch.randn(2, b, l, n, device=device)
+    seen = []
+
+    def loss(joint):
+        inputs = xz * 1.5
+        inputs.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+        if joint:
+            x, z = ops.conv_and_gate(inputs, weight, bias, activation="silu")
+            assert "ConvAndGate" in type(x.grad_fn).__name__
+        else:
+            x, z = inputs.chunk(2, dim=-1)
+            x = ops.causal_conv1d(x, weight, bias, activation="silu")
+        if how == "hook":
+            z.register_hook(lambda grad: 2 * grad)
+        y = ops.selective_scan(x, dt, A, B, C, None, z, dt_softplus=True)
+        y = y.square().sum()
+        return y + z.sin().sum() if how == "twice" else z.sin().sum() if how == "alone" else y
+
+    expected = torch.autograd.grad(loss(joint=False), xz)[0]
+    value = loss(joint=True)
+    first = torch.autograd.grad(value, xz, retain_graph=True)[0]
+    kept = first.clone()
+    again = torch.autograd.grad(value, xz)[0]
+    assert_near(first, expected, 1e-5)
+    assert torch.equal(first, kept)
+    assert_near(again, expected, 1e-5)
+    assert all(seen)
