@@ -136,30 +136,48 @@ def _keeping(operators: Sequence[OpOverload]) -> tuple[TorchDispatchMode, TorchD
     Unlike torch's own they serve any number of backward passes.
     """
     kept: list[Any] = []
-    detach = partial(tree_map_only, Tensor, torch.detach)
+    return _Note(operators, kept), _Recall(operators, kept)
 
-    class Note(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = function(*args, **(kwargs or {}))
-            if function in operators:
-                kept.append(detach(result))
-            return result
 
-    class Recall(TorchDispatchMode):
-        def __enter__(self) -> Any:
-            self.left = iter(kept)
-            return super().__enter__()  # type: ignore[no-untyped-call]
+_detach = partial(tree_map_only, Tensor, torch.detach)
 
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if function in operators:
-                return detach(next(self.left))
+
+# A class made for each call would keep its tensors until Python looks for cycles.
+class _Note(TorchDispatchMode):
+    """Adds to `kept` what operators return."""
+
+    def __init__(self, operators: Sequence[OpOverload], kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators, self.kept = operators, kept
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in self.operators:
+            self.kept.append(_detach(result))
+        return result
+
+
+class _Recall(TorchDispatchMode):
+    """Gives back what is in `kept`, from the first on each time, in place of calling operators."""
+
+    def __init__(self, operators: Sequence[OpOverload], kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators, self.kept = operators, kept
+        self.place = 0
+
+    def __enter__(self) -> Any:
+        self.place = 0
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in self.operators:
             return function(*args, **(kwargs or {}))
-
-    return Note(), Recall()  # type: ignore[no-untyped-call]
+        self.place += 1
+        return _detach(self.kept[self.place - 1])
 
 
 class GatedMLP(nn.Module):

@@ -196,7 +196,7 @@ class MambaBlock(Mixer[SSMState]):
                 seq_idx=ragged.seq_idx,
                 lengths=ragged.lengths,
             )
-        x, z = ops.conv_and_gate(  # (b, l, e)
+        x, again, z = ops.conv_and_gate(  # (b, l, e)
             inputs,
             *taps(self.conv1d),
             activation="silu",
@@ -205,7 +205,7 @@ class MambaBlock(Mixer[SSMState]):
             overwrite=may_overwrite(self.in_proj),
             backend=self._plain_backend,
         )
-        dt, dt_bias, B, C = self._select(x)
+        dt, dt_bias, B, C = self._select(again)
         dt = ragged.stop_padding(dt)
         dt, dt_bias, B = _stretched(dt, dt_bias, B, ragged.dt_scale)
         y, ssm = ops.selective_scan(

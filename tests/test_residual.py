@@ -148,6 +148,8 @@ def test_sequences_chunks_and_steps_agree(name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+# torch's own.
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.parametrize("level", ["none", "conv", "scan", "block"])
 def test_a_gpu_adds_on_the_way(level):
     """Loss and gradients as of the plain way, fewer kernels, and no copy of two halves."""

@@ -85,12 +85,12 @@ def conv_and_gate(
     seq_idx: Tensor | None = None,
     overwrite: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`causal_conv1d` of the first half of the channels; the second half, a gate, stays as it is.
 
-    The same as `x, z = xz.chunk(2, dim=-1)` and a convolution of x. But where a GPU calculates
-    gradients, `selective_scan` and the convolution write those of z and x into one tensor, which
-    saves a copy of both.
+    The same as `x, z = xz.chunk(2, dim=-1)` and a convolution of x, twice: one for each of two
+    readers. But where a GPU calculates gradients, `selective_scan` and the convolution write those
+    of z and x into one tensor, and what comes from both readers is added on the way.
 
     Args:
         xz: (b, l, 2e), l >= 1.
@@ -104,7 +104,7 @@ def conv_and_gate(
         backend: as for `causal_conv1d`.
 
     Returns:
-        y (b, l, e) in xz's dtype; z (b, l, e), a view of xz.
+        y (b, l, e) in xz's dtype; the same y again; z (b, l, e), a view of xz.
 
     Raises:
         ShapeError: a shape, dtype or device does not fit.
@@ -124,7 +124,7 @@ def conv_and_gate(
                 return gpu.conv_and_gate(xz, weight, bias, **options)
     out = x if overwrite else None
     y = causal_conv1d(x, weight, bias, state=state, out=out, backend=backend, **options)
-    return y, z
+    return y, y, z
 
 
 def causal_conv1d_step(

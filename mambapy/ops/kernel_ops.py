@@ -239,9 +239,10 @@ _call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=
 
 
 class _ConvAndGate(torch.autograd.Function):
-    """The convolution of the first half of xz, and its other half z: one gradient for both.
+    """The convolution y of the first half of xz, y again, and the other half z.
 
-    Of xz.chunk(2, -1) the gradient is a copy of what its halves get.
+    For its gradients: those of x and z are halves of one tensor, where z's comes with room for x's;
+    those of y and y again are added on the way.
     """
 
     @staticmethod
@@ -249,7 +250,8 @@ class _ConvAndGate(torch.autograd.Function):
         xz: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool
     ):
         x, z = _halves(xz)
-        return _call_conv(x, weight, bias, None, seq_idx, silu, False), z
+        y = _call_conv(x, weight, bias, None, seq_idx, silu, False)
+        return y, y.detach(), z
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -258,9 +260,11 @@ class _ConvAndGate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_y, grad_z):
+    def backward(ctx, grad_y, grad_again, grad_z):
         xz, weight, bias, seq_idx = ctx.saved_tensors
         x, z = _halves(xz)
+        if grad_y is None:
+            grad_y, grad_again = grad_again, None
         if grad_y is None:
             grad_y = torch.zeros_like(x)
         if torch.is_grad_enabled():
@@ -270,7 +274,7 @@ class _ConvAndGate(torch.autograd.Function):
                 ),
                 (xz, weight, bias),
                 ctx.needs_input_grad[:3],
-                (grad_y, grad_z),
+                (grad_y, grad_again, grad_z),
             )
             return (*grads, None, None)
         whole = getattr(grad_z, "mambapy_whole", None)
@@ -278,18 +282,16 @@ class _ConvAndGate(torch.autograd.Function):
             whole = xz.new_empty(xz.shape)
             _halves(whole)[1].copy_(torch.zeros_like(z) if grad_z is None else grad_z)
         into_x, _ = _halves(whole)
+        given = x, weight, bias, None, seq_idx, ctx.silu, False
         if x.is_cuda and not is_traced():
             backward = _kernels("conv1d", x).backward
-            _, *grads, _ = backward(
-                grad_y, x, weight, bias, None, seq_idx, ctx.silu, False, grad_x=into_x
-            )
+            _, grad_weight, grad_bias, _ = backward(grad_y, *given, more=grad_again, grad_x=into_x)
         else:
-            grad_x, *grads = _call_conv_backward(
-                grad_y, x, weight, bias, None, seq_idx, ctx.silu, False
-            )
+            grad_y = grad_y if grad_again is None else grad_y + grad_again
+            grad_x, grad_weight, *grad_bias = _call_conv_backward(grad_y, *given)
             into_x.copy_(grad_x)
-            grads = [*grads, None][:2]
-        return whole, *grads, None, None
+            grad_bias = grad_bias[0] if grad_bias else None
+        return whole, grad_weight, grad_bias, None, None
 
 
 def _halves(xz: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +304,8 @@ def _reference_conv_and_gate(xz, weight, bias, seq_idx, silu):
     """What `_ConvAndGate` is."""
     x, z = _halves(xz)
     activation = "silu" if silu else None
-    return reference.causal_conv1d(x, weight, bias, activation=activation, seq_idx=seq_idx), z
+    y = reference.causal_conv1d(x, weight, bias, activation=activation, seq_idx=seq_idx)
+    return y, y.view_as(y), z
 
 
 @custom_op("mambapy::rms_norm", mutates_args=())
@@ -447,8 +450,8 @@ def conv_and_gate(
     *,
     activation: str | None = None,
     seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`causal_conv1d` of the first half of xz (b, l, 2e), and the other half: (b, l, e) each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_conv1d` of the first half of xz (b, l, 2e), twice, and the other half: (b, l, e).
 
     Only for a xz with a gradient, outside of torch.compile and torch.func.
     """

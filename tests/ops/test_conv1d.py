@@ -143,7 +143,7 @@ def gate_args(l=7, e=5):
 def apart(xz, weight, bias, state=None, seq_idx=None):
     x, z = xz.chunk(2, dim=-1)
     y = ops.causal_conv1d(x, weight, bias, activation="silu", state=state, seq_idx=seq_idx)
-    return y, z
+    return y, 1 * y, z
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -154,7 +154,8 @@ def test_convolution_and_gate(backend):
     args = gate_args()
     assert_near(outputs_and_grads(together, args), outputs_and_grads(apart, args), 1e-12)
     with torch.no_grad():
-        y, z = together(**args, overwrite=False)
+        y, again, z = together(**args, overwrite=False)
+        assert torch.equal(y, again)
         assert z.data_ptr() == args["xz"].chunk(2, -1)[1].data_ptr()
         assert_near(together(**args, overwrite=True)[0], y, 1e-12)
     with pytest.raises(ShapeError, match="2e"):
@@ -176,12 +177,12 @@ def test_one_gradient_for_convolution_and_gate(packed):
     assert torch.autograd.gradcheck(together, tuple(args.values()))
     assert torch.autograd.gradgradcheck(together, tuple(args.values()))
     # One of both is not used.
-    for i in (0, 1):
+    for i in (0, 1, 2):
         pair = [torch.autograd.grad(f(**args)[i].sum(), args["xz"])[0] for f in (together, apart)]
         if not packed:
             assert_near(*pair, 1e-12)
     # The gradient of the gate, where it comes with room for the other half, is not copied.
-    y, z = together(**args)
+    y, _, z = together(**args)
     whole = torch.randn_like(args["xz"])
     grad_z = whole[..., 5:]
     grad_z.mambapy_whole = whole

@@ -126,7 +126,7 @@ def has_joint_gradient(xz: Tensor) -> bool:
 
 def conv_and_gate(
     xz: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.conv_and_gate` with one gradient for both halves."""
     from mambapy.ops import kernel_ops
 

@@ -180,6 +180,19 @@ def test_more_than_two_to_the_31_elements(device, reverse):
     assert_near(grad_weight[:, 3], last, 1e-4)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_in_two_parts(device, reverse, dtype):
+    tensors = draw(device, 9, e=6, dtype=dtype)
+    grad_y, wide = torch.randn(1, 9, 6, device=device), torch.randn(1, 9, 12, device=device)
+    grad_y, more = grad_y.to(dtype), wide.to(dtype)[..., 6:]
+    found = conv1d.backward(grad_y, *tensors.values(), True, reverse, more=more)
+    both = (grad_y.float() + more.float()).contiguous()
+    expected = conv1d.backward(both, *tensors.values(), True, reverse)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_gradient_written_into_half_of_a_tensor(device):
     tensors = draw(device, 9, e=6)
     grad_y = torch.randn(1, 9, 6, device=device)
@@ -207,15 +220,15 @@ def test_one_gradient_for_a_mixers_halves(device, how):
         inputs = xz * 1.5
         inputs.register_hook(lambda grad: seen.append(grad.is_contiguous()))
         if joint:
-            x, z = ops.conv_and_gate(inputs, weight, bias, activation="silu")
+            x, again, z = ops.conv_and_gate(inputs, weight, bias, activation="silu")
             assert "ConvAndGate" in type(x.grad_fn).__name__
         else:
             x, z = inputs.chunk(2, dim=-1)
-            x = ops.causal_conv1d(x, weight, bias, activation="silu")
+            again = x = ops.causal_conv1d(x, weight, bias, activation="silu")
         if how == "hook":
             z.register_hook(lambda grad: 2 * grad)
         y = ops.selective_scan(x, dt, A, B, C, None, z, dt_softplus=True)
-        y = y.square().sum()
+        y = y.square().sum() + again.cos().sum()
         return y + z.sin().sum() if how == "twice" else z.sin().sum() if how == "alone" else y
 
     expected = torch.autograd.grad(loss(joint=False), xz)[0]
