@@ -39,6 +39,11 @@ def _kernels(name: str, x: Tensor) -> ModuleType:
     return _module(name, x.device.type)
 
 
+def _is_on_gpu(T: Tensor) -> bool:
+    """Whether the kernels for T are those of ops/gpu, which can write into halves of rows."""
+    return T.is_cuda
+
+
 @custom_op("mambapy::selective_scan", mutates_args=())
 def _scan(
     x: Tensor,
@@ -150,7 +155,7 @@ def _beside_a_gap(z: Tensor | None) -> Tensor | None:
 
     It is the second half of such rows as well, and `_ConvAndGate` fills the first.
     """
-    if z is None or not z.is_cuda or is_traced():
+    if z is None or not _is_on_gpu(z) or is_traced():
         return None
     b, l, e = z.shape
     if z.stride()[1:] != (2 * e, 1):
@@ -283,7 +288,7 @@ class _ConvAndGate(torch.autograd.Function):
             _halves(whole)[1].copy_(torch.zeros_like(z) if grad_z is None else grad_z)
         into_x, _ = _halves(whole)
         given = x, weight, bias, None, seq_idx, ctx.silu, False
-        if x.is_cuda and not is_traced():
+        if _is_on_gpu(x) and not is_traced():
             backward = _kernels("conv1d", x).backward
             _, grad_weight, grad_bias, _ = backward(grad_y, *given, more=grad_again, grad_x=into_x)
         else:

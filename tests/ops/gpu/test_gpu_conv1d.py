@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,10 +7,11 @@ import torch
 pytest.importorskip("triton")
 
 from mambapy import ops
-from mambapy.ops import reference
+from mambapy.ops import kernel_ops, reference
 from mambapy.ops.direction import conv_from_the_end
-from mambapy.ops.gpu import conv1d
+from mambapy.ops.gpu import conv1d, selective_scan
 from tests.helpers import assert_near
+from tests.ops.gpu import emulator
 
 CUDA = torch.cuda.is_available()
 BATCH = 2 if CUDA else 1
@@ -204,39 +206,60 @@ def test_a_gradient_written_into_half_of_a_tensor(device):
     assert not whole[..., 6:].any()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="there is no GPU")
-@pytest.mark.parametrize("how", ["once", "twice", "hook", "alone"])
+@pytest.fixture
+def on_gpu(device, monkeypatch):
+    """Without a GPU: its kernels for the CPU's tensors, those of the scan in the emulator."""
+    if CUDA:
+        return
+    card = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(selective_scan, "launch", emulator.launch)
+    monkeypatch.setattr(kernel_ops, "_is_on_gpu", lambda T: True)
+    kernels = {"conv1d": conv1d, "selective_scan": selective_scan}
+    monkeypatch.setattr(kernel_ops, "_kernels", lambda name, x: kernels[name])
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("how", ["once", "twice", "hook", "alone", "no scan"])
 def test_one_gradient_for_a_mixers_halves(device, how):
     """Of x and z: written by the scan and the convolution, whatever else happens to them."""
-    b, l, e, n = 2, 70, 64, 16
+    b, l, e, n = 2, 33, 16, 8
     xz, dt = torch.randn(b, l, 2 * e, device=device), torch.randn(b, l, e, device=device)
     xz.requires_grad_()
     weight, bias = torch.randn(e, 4, device=device), torch.randn(e, device=device)
+    weight.requires_grad_()
     A, (B, C) = -torch.rand(e, n, device=device), torch.randn(2, b, l, n, device=device)
-    seen = []
+    seen, copies = [], []
 
     def loss(joint):
         inputs = xz * 1.5
         inputs.register_hook(lambda grad: seen.append(grad.is_contiguous()))
         if joint:
-            x, again, z = ops.conv_and_gate(inputs, weight, bias, activation="silu")
+            run = ops.conv_and_gate if CUDA else kernel_ops.conv_and_gate
+            x, again, z = run(inputs, weight, bias, activation="silu")
             assert "ConvAndGate" in type(x.grad_fn).__name__
+            z.register_hook(lambda grad: copies.append(not hasattr(grad, "mambapy_whole")))
         else:
             x, z = inputs.chunk(2, dim=-1)
             again = x = ops.causal_conv1d(x, weight, bias, activation="silu")
         if how == "hook":
             z.register_hook(lambda grad: 2 * grad)
+        if how == "no scan":
+            return x.square().sum() + again.cos().sum()
         y = ops.selective_scan(x, dt, A, B, C, None, z, dt_softplus=True)
         y = y.square().sum() + again.cos().sum()
         return y + z.sin().sum() if how == "twice" else z.sin().sum() if how == "alone" else y
 
-    expected = torch.autograd.grad(loss(joint=False), xz)[0]
+    wanted = (xz, weight)
+    expected = torch.autograd.grad(loss(joint=False), wanted, materialize_grads=True)
     value = loss(joint=True)
-    first = torch.autograd.grad(value, xz, retain_graph=True)[0]
-    kept = first.clone()
-    again = torch.autograd.grad(value, xz)[0]
-    assert_near(first, expected, 1e-5)
-    assert torch.equal(first, kept)
-    assert_near(again, expected, 1e-5)
+    first = torch.autograd.grad(value, wanted, retain_graph=True)
+    kept = first[0].clone()
+    again = torch.autograd.grad(value, wanted)
+    for want, *found in zip(expected, first, again, strict=True):
+        for got in found:
+            assert_near(got, want, 1e-5)
+    assert torch.equal(first[0], kept)
     assert all(seen)
+    # A gradient that somebody has added to, or that is none of the scan's, is copied.
+    assert copies == [how in ("twice", "alone", "no scan")] * 2
