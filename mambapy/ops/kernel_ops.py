@@ -34,12 +34,12 @@ def _module(name: str, device_type: str) -> ModuleType:
     return import_module(f"mambapy.ops.{'gpu' if device_type == 'cuda' else 'cpu'}.{name}")
 
 
-def _kernels(name: str, x: Tensor) -> ModuleType:
+def kernels(name: str, x: Tensor) -> ModuleType:
     """The kernels of an op where x is."""
     return _module(name, x.device.type)
 
 
-def _is_on_gpu(T: Tensor) -> bool:
+def is_on_gpu(T: Tensor) -> bool:
     """Whether the kernels for T are those of ops/gpu, which can write into halves of rows."""
     return T.is_cuda
 
@@ -60,7 +60,7 @@ def _scan(
     save: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("selective_scan", x).forward(
+    return kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         save=save,
@@ -72,7 +72,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save, reverse=
     b, l, e = x.shape
     n = A.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = _kernels("selective_scan", x).saved_shape(b, l, e, n) if save else (0,)
+    starts = kernels("selective_scan", x).saved_shape(b, l, e, n) if save else (0,)
     y = x.new_empty(b, l, e)
     return y, x.new_empty(b, e, n, dtype=wide), x.new_empty(starts, dtype=wide)
 
@@ -95,7 +95,7 @@ def _scan_backward(
     dt_softplus: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = _kernels("selective_scan", x).backward(
+    grads = kernels("selective_scan", x).backward(
         grad_y, grad_last, starts,
         x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse,
     )  # fmt: skip
@@ -141,21 +141,21 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     options = ctx.dt_softplus, ctx.reverse
-    grad_z = _beside_a_gap(tensors[6])
+    grad_z = beside_a_gap(tensors[6])
     if grad_z is not None:
-        backward = _kernels("selective_scan", grad_y).backward
+        backward = kernels("selective_scan", grad_y).backward
         grads = backward(grad_y, grad_last, starts, *tensors, *options, grad_z=grad_z)
         return (*grads, None, None, None, None)
     grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, *options))
     return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None, None)
 
 
-def _beside_a_gap(z: Tensor | None) -> Tensor | None:
+def beside_a_gap(z: Tensor | None) -> Tensor | None:
     """Where the gradient of a gate goes that is the second half of wider rows, on a GPU.
 
-    It is the second half of such rows as well, and `_ConvAndGate` fills the first.
+    It is the second half of such rows as well, and `joint_gradient` fills the first.
     """
-    if z is None or not _is_on_gpu(z) or is_traced():
+    if z is None or not is_on_gpu(z) or is_traced():
         return None
     b, l, e = z.shape
     if z.stride()[1:] != (2 * e, 1):
@@ -181,7 +181,7 @@ def _conv(
     silu: bool,
     reverse: bool = False,
 ) -> Tensor:
-    return _kernels("conv1d", x).forward(
+    return kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse
     )
 
@@ -202,7 +202,7 @@ def _conv_backward(
     silu: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = _kernels("conv1d", x).backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
+    grads = kernels("conv1d", x).backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -235,89 +235,19 @@ def _conv_gradient(ctx, grad_y):
             (grad_y,),
         )
         return (*grads, None, None, None)
-    grads = iter(_call_conv_backward(grad_y, *tensors, ctx.silu, ctx.reverse))
+    grads = iter(call_conv_backward(grad_y, *tensors, ctx.silu, ctx.reverse))
     return (*[None if t is None else next(grads) for t in tensors[:4]], None, None, None)
 
 
-_call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
-_call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
-
-
-class _ConvAndGate(torch.autograd.Function):
-    """The convolution y of the first half of xz, y again, and the other half z.
-
-    For its gradients: those of x and z are halves of one tensor, where z's comes with room for x's;
-    those of y and y again are added on the way.
-    """
-
-    @staticmethod
-    def forward(
-        xz: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, silu: bool
-    ):
-        x, z = _halves(xz)
-        y = _call_conv(x, weight, bias, None, seq_idx, silu, False)
-        return y, y.detach(), z
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.silu = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_y, grad_again, grad_z):
-        xz, weight, bias, seq_idx = ctx.saved_tensors
-        x, z = _halves(xz)
-        if grad_y is None:
-            grad_y, grad_again = grad_again, None
-        if grad_y is None:
-            grad_y = torch.zeros_like(x)
-        if torch.is_grad_enabled():
-            grads = differentiable_gradients(
-                lambda xz, weight, bias: _reference_conv_and_gate(
-                    xz, weight, bias, seq_idx, ctx.silu
-                ),
-                (xz, weight, bias),
-                ctx.needs_input_grad[:3],
-                (grad_y, grad_again, grad_z),
-            )
-            return (*grads, None, None)
-        whole = getattr(grad_z, "mambapy_whole", None)
-        if whole is None or (whole.shape, whole.dtype) != (xz.shape, xz.dtype):
-            whole = xz.new_empty(xz.shape)
-            _halves(whole)[1].copy_(torch.zeros_like(z) if grad_z is None else grad_z)
-        into_x, _ = _halves(whole)
-        given = x, weight, bias, None, seq_idx, ctx.silu, False
-        if _is_on_gpu(x) and not is_traced():
-            backward = _kernels("conv1d", x).backward
-            _, grad_weight, grad_bias, _ = backward(grad_y, *given, more=grad_again, grad_x=into_x)
-        else:
-            grad_y = grad_y if grad_again is None else grad_y + grad_again
-            grad_x, grad_weight, *grad_bias = _call_conv_backward(grad_y, *given)
-            into_x.copy_(grad_x)
-            grad_bias = grad_bias[0] if grad_bias else None
-        return whole, grad_weight, grad_bias, None, None
-
-
-def _halves(xz: Tensor) -> tuple[Tensor, Tensor]:
-    """xz (..., 2e) as two views (..., e)."""
-    e = xz.shape[-1] // 2
-    return xz[..., :e], xz[..., e:]
-
-
-def _reference_conv_and_gate(xz, weight, bias, seq_idx, silu):
-    """What `_ConvAndGate` is."""
-    x, z = _halves(xz)
-    activation = "silu" if silu else None
-    y = reference.causal_conv1d(x, weight, bias, activation=activation, seq_idx=seq_idx)
-    return y, y.view_as(y), z
+call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
+call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
 
 
 @custom_op("mambapy::rms_norm", mutates_args=())
 def _norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    y, s = _kernels("norm", x).forward(x, weight, residual, eps, dtype)
+    y, s = kernels("norm", x).forward(x, weight, residual, eps, dtype)
     return y, x.new_empty(0) if s is None else s
 
 
@@ -341,7 +271,7 @@ def _norm_backward(
     # The gradient to x too, where that is in another dtype than s.
     narrow = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
     out = None if x_dtype == s.dtype else narrow
-    grads = _kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype, out)
+    grads = kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype, out)
     return *grads, narrow
 
 
@@ -420,7 +350,7 @@ def selective_scan(
         save = save or not torch.compiler.is_compiling()
         y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save, reverse)
         return y, last
-    y, last, _ = _kernels("selective_scan", x).forward(
+    y, last, _ = kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         out=out,
@@ -442,25 +372,10 @@ def causal_conv1d(
     """The kernels' `forward` with autograd; `activation` is None or "silu"."""
     silu = activation == "silu"
     if _has_gradient(x, weight, bias, state) or is_traced():
-        return _call_conv(x, weight, bias, state, seq_idx, silu, reverse)
-    return _kernels("conv1d", x).forward(
+        return call_conv(x, weight, bias, state, seq_idx, silu, reverse)
+    return kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse, out=out
     )
-
-
-def conv_and_gate(
-    xz: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-    seq_idx: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`causal_conv1d` of the first half of xz (b, l, 2e), twice, and the other half: (b, l, e).
-
-    Only for a xz with a gradient, outside of torch.compile and torch.func.
-    """
-    return _ConvAndGate.apply(xz, weight, bias, seq_idx, activation == "silu")
 
 
 def rms_norm(
@@ -473,6 +388,6 @@ def rms_norm(
     """The kernels' `forward` with autograd: y, and x + residual (None without a residual)."""
     dtype = dtype or x.dtype
     if not (_has_gradient(x, weight, residual) or is_traced()):
-        return _kernels("norm", x).forward(x, weight, residual, eps, dtype)
+        return kernels("norm", x).forward(x, weight, residual, eps, dtype)
     y, s = _call_norm(x, weight, residual, eps, dtype)
     return y, None if residual is None else s

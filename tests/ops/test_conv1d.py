@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mambapy import ops
 from mambapy.errors import BackendError, ShapeError
-from mambapy.ops import kernel_ops, official
+from mambapy.ops import joint_gradient, official
 from tests.helpers import assert_near, outputs_and_grads
 
 
@@ -170,7 +170,7 @@ def test_one_gradient_for_convolution_and_gate(packed):
     seq_idx = torch.randint(2, (2, 9)) if packed else None
 
     def together(xz, weight, bias):
-        return kernel_ops.conv_and_gate(xz, weight, bias, activation="silu", seq_idx=seq_idx)
+        return joint_gradient.conv_and_gate(xz, weight, bias, activation="silu", seq_idx=seq_idx)
 
     expected = outputs_and_grads(lambda **a: apart(**a, seq_idx=seq_idx), args)
     assert_near(outputs_and_grads(together, args), expected, 1e-12)
@@ -188,4 +188,6 @@ def test_one_gradient_for_convolution_and_gate(packed):
     grad_z.mambapy_whole = whole
     found = torch.autograd.grad((y, z), args["xz"], (torch.zeros_like(y), grad_z))[0]
     assert found.data_ptr() == whole.data_ptr()
+    # Once: another convolution must not write there too.
+    assert not hasattr(grad_z, "mambapy_whole")
     assert not found[..., :5].any()

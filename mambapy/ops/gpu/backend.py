@@ -128,9 +128,9 @@ def conv_and_gate(
     xz: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.conv_and_gate` with one gradient for both halves."""
-    from mambapy.ops import kernel_ops
+    from mambapy.ops import joint_gradient
 
-    return kernel_ops.conv_and_gate(xz, weight, bias, **options)
+    return joint_gradient.conv_and_gate(xz, weight, bias, **options)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from mambapy import ops
-from mambapy.ops import kernel_ops, reference
+from mambapy.ops import joint_gradient, kernel_ops, reference
 from mambapy.ops.direction import conv_from_the_end
 from mambapy.ops.gpu import conv1d, selective_scan
 from tests.helpers import assert_near
@@ -214,9 +214,9 @@ def on_gpu(device, monkeypatch):
     card = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(selective_scan, "launch", emulator.launch)
-    monkeypatch.setattr(kernel_ops, "_is_on_gpu", lambda T: True)
+    monkeypatch.setattr(kernel_ops, "is_on_gpu", lambda T: True)
     kernels = {"conv1d": conv1d, "selective_scan": selective_scan}
-    monkeypatch.setattr(kernel_ops, "_kernels", lambda name, x: kernels[name])
+    monkeypatch.setattr(kernel_ops, "kernels", lambda name, x: kernels[name])
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -235,7 +235,7 @@ def test_one_gradient_for_a_mixers_halves(device, how):
         inputs = xz * 1.5
         inputs.register_hook(lambda grad: seen.append(grad.is_contiguous()))
         if joint:
-            run = ops.conv_and_gate if CUDA else kernel_ops.conv_and_gate
+            run = ops.conv_and_gate if CUDA else joint_gradient.conv_and_gate
             x, again, z = run(inputs, weight, bias, activation="silu")
             assert "ConvAndGate" in type(x.grad_fn).__name__
             z.register_hook(lambda grad: copies.append(not hasattr(grad, "mambapy_whole")))

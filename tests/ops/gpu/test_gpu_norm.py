@@ -148,7 +148,7 @@ def test_more_than_two_to_the_31_elements(device):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_op_and_its_gradients(device, narrow, monkeypatch):
     if not CUDA:
-        monkeypatch.setattr(kernel_ops, "_kernels", lambda name, x: norm)
+        monkeypatch.setattr(kernel_ops, "kernels", lambda name, x: norm)
     l, d = (65, 768) if CUDA else (7, 40)
     x, residual = torch.randn(2, 3, l, d, device=device)
     x = x.bfloat16() if narrow else x
@@ -161,7 +161,9 @@ def test_the_op_and_its_gradients(device, narrow, monkeypatch):
 
     for found, expected in zip(results("gpu"), results("reference"), strict=True):
         assert found.dtype == expected.dtype
-        assert_near(found.float(), expected.float(), 1e-2 if narrow else 5e-6)
+        # The interpreter cuts digits off.
+        rounding = 1e-2 if CUDA else 5e-2
+        assert_near(found.float(), expected.float(), rounding if narrow else 5e-6)
     (grad,) = torch.autograd.grad(
         ops.add_rms_norm(*given)[0].float().square().sum(), given[0], create_graph=True
     )
