@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from mambapy import ops
 from mambapy.errors import ShapeError
 from mambapy.experts import Experts
-from mambapy.layers import RMSNorm, WideParameters, is_plain, wide
+from mambapy.layers import RMSNorm, WideParameters, add_and_norm, is_plain, wide
 from mambapy.ragged import Ragged
 from mambapy.state import State
 
@@ -136,30 +136,48 @@ def _keeping(operators: Sequence[OpOverload]) -> tuple[TorchDispatchMode, TorchD
     Unlike torch's own they serve any number of backward passes.
     """
     kept: list[Any] = []
-    detach = partial(tree_map_only, Tensor, torch.detach)
+    return _Note(operators, kept), _Recall(operators, kept)
 
-    class Note(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = function(*args, **(kwargs or {}))
-            if function in operators:
-                kept.append(detach(result))
-            return result
 
-    class Recall(TorchDispatchMode):
-        def __enter__(self) -> Any:
-            self.left = iter(kept)
-            return super().__enter__()  # type: ignore[no-untyped-call]
+_detach = partial(tree_map_only, Tensor, torch.detach)
 
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if function in operators:
-                return detach(next(self.left))
+
+# A class made for each call would keep its tensors until Python looks for cycles.
+class _Note(TorchDispatchMode):
+    """Adds to `kept` what operators return."""
+
+    def __init__(self, operators: Sequence[OpOverload], kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators, self.kept = operators, kept
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in self.operators:
+            self.kept.append(_detach(result))
+        return result
+
+
+class _Recall(TorchDispatchMode):
+    """Gives back what is in `kept`, from the first on each time, in place of calling operators."""
+
+    def __init__(self, operators: Sequence[OpOverload], kept: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators, self.kept = operators, kept
+        self.place = 0
+
+    def __enter__(self) -> Any:
+        self.place = 0
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in self.operators:
             return function(*args, **(kwargs or {}))
-
-    return Note(), Recall()  # type: ignore[no-untyped-call]
+        self.place += 1
+        return _detach(self.kept[self.place - 1])
 
 
 class GatedMLP(nn.Module):
@@ -233,35 +251,52 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, ragged: Ragged) -> Tensor:
         """Map the residual stream (b, l, d) to the next."""
-        y = self.mixer(self.norm(x), ragged)
+        x, y = self.go_on(x, None, ragged)
+        return x + y
+
+    def go_on(self, x: Tensor, added: Tensor | None, ragged: Ragged) -> tuple[Tensor, Tensor]:
+        """`forward` of x + added, all (b, l, d): two tensors likewise, whose sum is the next.
+
+        So that an addition and the norm after it, in the next block, are one pass.
+        """
+        y, x = add_and_norm(self.norm, x, added)
+        return self._after(x, self._dropped(self.mixer(y, ragged)))
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        """The mixer's branch (b, l, d) of the rows that do not skip it."""
         if self.training and self.drop_path:
             y = y * (torch.rand(len(y), 1, 1, device=y.device) >= self.drop_path).to(y.dtype)
             y = y / (1 - self.drop_path)
-        return self._after(x + y)
+        return y
 
     def routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, Tensor | None]:
         """The same, and the router's logits (b, l, E) where there are experts."""
-        x = x + self.mixer(self.norm(x), ragged)
+        y = self.mixer(self.norm(x), ragged)
         if not isinstance(self.mlp, Experts) or self.norm2 is None:
-            return self._after(x), None
-        y, logits = self.mlp.routed(self.norm2(x))
+            x, y = self._after(x, y)
+            return x + y, None
+        y, x = add_and_norm(self.norm2, x, y)
+        y, logits = self.mlp.routed(y)
         return x + y, logits
 
     def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
         """The same from a state on, with the state after the last token."""
         y, state = self.mixer.prefill(self.norm(x), state, ragged)
-        return self._after(x + y), state
+        x, y = self._after(x, y)
+        return x + y, state
 
     def step(self, x: Tensor, state: State, dt_scale: Tensor | None = None) -> tuple[Tensor, State]:
         """The same for one token, (b, d)."""
         y, state = self.mixer.step(self.norm(x), state, dt_scale)
-        return self._after(x + y), state
+        x, y = self._after(x, y)
+        return x + y, state
 
-    def _after(self, x: Tensor) -> Tensor:
-        """The MLP's branch."""
+    def _after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The MLP's branch of x + y: what it is of, and what it gives; x and y without an MLP."""
         if self.mlp is None or self.norm2 is None:
-            return x
-        return x + self.mlp(self.norm2(x))
+            return x, y
+        y, x = add_and_norm(self.norm2, x, y)
+        return x, self.mlp(y)
 
     def plan_step(self, plan: "StepPlan", residual: "Rows") -> bool:
         """Append `step` to a plan, in place; False where it must be called instead."""

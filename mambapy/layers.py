@@ -96,6 +96,15 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, dtype=_autocast_to(x, self.weight.dtype))
 
 
+def add_and_norm(norm: nn.Module, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """s = x + added, (..., d), x itself where there is nothing to add: norm(s), and s."""
+    if added is not None and is_plain(norm, RMSNorm):
+        weight, eps = norm.weight, norm.eps
+        return ops.add_rms_norm(added, x, weight, eps, dtype=_autocast_to(x, weight.dtype))
+    s = x if added is None else x + added
+    return norm(s), s
+
+
 class UnscaledRMSNorm(nn.Module):
     """RMSNorm without a scale: it has no parameters."""
 
@@ -189,7 +198,7 @@ def is_plain(layer: nn.Module, kind: type[K]) -> TypeGuard[K]:
     Not so for a hooked, adapted (LoRA), quantised or parametrised layer. Every fast path that reads
     weights asks here first.
     """
-    patched = "forward" in layer.__dict__
+    patched = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
     return type(layer) is kind and not patched and not any(hook_tables(layer))
 
 

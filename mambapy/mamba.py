@@ -187,26 +187,25 @@ class MambaBlock(Mixer[SSMState]):
         self, inputs: Tensor, state: SSMState | None, ragged: Ragged
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The output (b, l, d), and what comes after `state`: conv (b, k-1, e), ssm (b, e, n)."""
-        x, z = inputs.chunk(2, dim=-1)  # (b, l, e)
-        conv = x
+        conv = inputs
         if state is not None:
             conv = ops.conv_state(
-                x,
+                inputs.chunk(2, dim=-1)[0],
                 self.config.d_conv - 1,
                 state=state.conv,
                 seq_idx=ragged.seq_idx,
                 lengths=ragged.lengths,
             )
-        x = ops.causal_conv1d(
-            x,
+        x, again, z = ops.conv_and_gate(  # (b, l, e)
+            inputs,
             *taps(self.conv1d),
             activation="silu",
             state=None if state is None else state.conv,
             seq_idx=ragged.seq_idx,
-            out=x if may_overwrite(self.in_proj) else None,
+            overwrite=may_overwrite(self.in_proj),
             backend=self._plain_backend,
         )
-        dt, dt_bias, B, C = self._select(x)
+        dt, dt_bias, B, C = self._select(again)
         dt = ragged.stop_padding(dt)
         dt, dt_bias, B = _stretched(dt, dt_bias, B, ragged.dt_scale)
         y, ssm = ops.selective_scan(

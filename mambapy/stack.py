@@ -19,6 +19,7 @@ from mambapy.errors import ConfigError, ShapeError
 from mambapy.experts import Experts
 from mambapy.fused import FusedStep
 from mambapy.init import rescale_residual
+from mambapy.layers import is_plain
 from mambapy.ragged import Ragged, check_dt_scale
 from mambapy.state import ModelState
 
@@ -202,12 +203,16 @@ class Stack(FusedStep):
 
     def run(self, x: Tensor, ragged: Ragged) -> Tensor:
         """`forward` for rows that `Ragged.pack` has laid out."""
-        residual = self.to_residual(x)
+        residual, added = self.to_residual(x), None
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                residual = recomputed(layer, residual, ragged)
-            else:
-                residual = layer(residual, ragged)
+            if is_plain(layer, ResidualBlock) and not again:
+                residual, added = layer.go_on(residual, added, ragged)
+                continue
+            residual = residual if added is None else residual + added
+            residual = recomputed(layer, residual, ragged) if again else layer(residual, ragged)
+            added = None
+        residual = residual if added is None else residual + added
         return residual.to(x.dtype)
 
     def run_routed(self, x: Tensor, ragged: Ragged) -> tuple[Tensor, list[Tensor]]:

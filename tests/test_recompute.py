@@ -109,6 +109,28 @@ def test_a_level_keeps_less_than_the_one_before(name):
     assert scan < 0.8 * none
 
 
+@pytest.mark.parametrize("level", RECOMPUTE)
+def test_what_is_kept_goes_with_the_backward_pass(level):
+    model = make("mamba")
+    model.recompute = level
+    tokens = torch.randint(V, (2, 64))
+
+    def bytes_now():
+        # Without looking for cycles: a step's tensors must not stay beside the next one's.
+        found = [T.untyped_storage() for T in gc.get_objects() if type(T) is torch.Tensor]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+    grads(model, tokens)
+    gc.collect()
+    gc.disable()
+    try:
+        before = bytes_now()
+        loss_of(model, tokens).backward()
+        assert bytes_now() <= before + 64
+    finally:
+        gc.enable()
+
+
 def test_what_scan_keeps_of_a_block():
     config = tiny(d_model=16, n_layers=1)
     block = LM(config, V).backbone.layers[0]

@@ -3,7 +3,7 @@
 Each op has several backends, named in `dispatch`; `explain` says which one a call gets and why.
 """
 
-from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_state
+from mambapy.ops.conv1d import causal_conv1d, causal_conv1d_step, conv_and_gate, conv_state
 from mambapy.ops.custom_op import recurrences
 from mambapy.ops.dispatch import Verdict, explain
 from mambapy.ops.gated_norm import gated_rms_norm
@@ -12,7 +12,7 @@ from mambapy.ops.info import backends_info
 from mambapy.ops.linear_cross_entropy import linear_cross_entropy
 from mambapy.ops.mamba3_scan import mamba3_scan, mamba3_step
 from mambapy.ops.model_step import plan_looks_up, refuses_fused_step, step_plan
-from mambapy.ops.norm import rms_norm
+from mambapy.ops.norm import add_rms_norm, rms_norm
 from mambapy.ops.reference_ssd import Mamba3Parts
 from mambapy.ops.selective_scan import selective_scan, selective_scan_step
 from mambapy.ops.ssd import ssd, ssd_from_start, ssd_step
@@ -20,9 +20,11 @@ from mambapy.ops.ssd import ssd, ssd_from_start, ssd_step
 __all__ = [
     "Mamba3Parts",
     "Verdict",
+    "add_rms_norm",
     "backends_info",
     "causal_conv1d",
     "causal_conv1d_step",
+    "conv_and_gate",
     "conv_state",
     "explain",
     "gated_rms_norm",

@@ -75,6 +75,58 @@ def causal_conv1d(  # type: ignore[misc]
     return (y, last) if return_state else y
 
 
+def conv_and_gate(
+    xz: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    overwrite: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_conv1d` of the first half of the channels; the second half, a gate, stays as it is.
+
+    The same as `x, z = xz.chunk(2, dim=-1)` and a convolution of x, twice: one for each of two
+    readers. But where a GPU calculates gradients, `selective_scan` and the convolution write those
+    of z and x into one tensor, and what comes from both readers is added on the way.
+
+    Args:
+        xz: (b, l, 2e), l >= 1.
+        weight: (e, k), the last tap is the current token's.
+        bias: (e) or None.
+        activation: "silu" or None.
+        state: (b, k-1, e) the inputs before the first; zeros without it.
+        seq_idx: (b, l) integers, the document of each token.
+        overwrite: whether the result may be written over x, which saves memory. Only where no
+            gradient is needed.
+        backend: as for `causal_conv1d`.
+
+    Returns:
+        y (b, l, e) in xz's dtype; the same y again; z (b, l, e), a view of xz.
+
+    Raises:
+        ShapeError: a shape, dtype or device does not fit.
+        BackendError: the backend asked for cannot run this.
+
+    Source: Gu & Dao 2023 (arXiv 2312.00752), figure 3.
+    """
+    if xz.dim() != 3 or xz.shape[2] % 2:
+        raise ShapeError(f"xz must be (b, l, 2e), got {tuple(xz.shape)}")
+    x, z = xz.chunk(2, dim=-1)  # (b, l, e)
+    options: dict[str, Any] = {"activation": activation, "seq_idx": seq_idx}
+    if state is None and gpu.has_joint_gradient(xz):
+        _check(x, weight, bias, activation, None, seq_idx)
+        run = dispatch.pick("causal_conv1d", BACKENDS, backend, x, weight, bias, **options)
+        if run is gpu.causal_conv1d:
+            with dispatch.without_autocast(x):
+                return gpu.conv_and_gate(xz, weight, bias, **options)
+    out = x if overwrite else None
+    y = causal_conv1d(x, weight, bias, state=state, out=out, backend=backend, **options)
+    return y, y, z
+
+
 def causal_conv1d_step(
     x: Tensor,
     weight: Tensor,

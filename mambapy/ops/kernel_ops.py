@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 # A schema of older torch is read from List, not from list.
-from typing import List
+from typing import Any, List, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +34,14 @@ def _module(name: str, device_type: str) -> ModuleType:
     return import_module(f"mambapy.ops.{'gpu' if device_type == 'cuda' else 'cpu'}.{name}")
 
 
-def _kernels(name: str, x: Tensor) -> ModuleType:
+def kernels(name: str, x: Tensor) -> ModuleType:
     """The kernels of an op where x is."""
     return _module(name, x.device.type)
+
+
+def is_on_gpu(T: Tensor) -> bool:
+    """Whether the kernels for T are those of ops/gpu, which can write into halves of rows."""
+    return T.is_cuda
 
 
 @custom_op("mambapy::selective_scan", mutates_args=())
@@ -55,7 +60,7 @@ def _scan(
     save: bool,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels("selective_scan", x).forward(
+    return kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         save=save,
@@ -67,7 +72,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, save, reverse=
     b, l, e = x.shape
     n = A.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = _kernels("selective_scan", x).saved_shape(b, l, e, n) if save else (0,)
+    starts = kernels("selective_scan", x).saved_shape(b, l, e, n) if save else (0,)
     y = x.new_empty(b, l, e)
     return y, x.new_empty(b, e, n, dtype=wide), x.new_empty(starts, dtype=wide)
 
@@ -90,7 +95,7 @@ def _scan_backward(
     dt_softplus: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = _kernels("selective_scan", x).backward(
+    grads = kernels("selective_scan", x).backward(
         grad_y, grad_last, starts,
         x, dt, A, B, C, D, z, dt_bias, state, seq_idx, dt_softplus, reverse,
     )  # fmt: skip
@@ -136,8 +141,29 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     options = ctx.dt_softplus, ctx.reverse
+    grad_z = beside_a_gap(tensors[6])
+    if grad_z is not None:
+        backward = kernels("selective_scan", grad_y).backward
+        grads = backward(grad_y, grad_last, starts, *tensors, *options, grad_z=grad_z)
+        return (*grads, None, None, None, None)
     grads = iter(_call_scan_backward(grad_y, grad_last, starts, *tensors, *options))
     return (*[None if t is None else next(grads) for t in tensors[:9]], None, None, None, None)
+
+
+def beside_a_gap(z: Tensor | None) -> Tensor | None:
+    """Where the gradient of a gate goes that is the second half of wider rows, on a GPU.
+
+    It is the second half of such rows as well, and `joint_gradient` fills the first.
+    """
+    if z is None or not is_on_gpu(z) or is_traced():
+        return None
+    b, l, e = z.shape
+    if z.stride()[1:] != (2 * e, 1):
+        return None
+    whole = z.new_empty(b, l, 2 * e)
+    grad_z: Any = whole[..., e:]
+    grad_z.mambapy_whole = whole
+    return cast(Tensor, grad_z)
 
 
 _call_scan = differentiable(_scan, _scan_setup, _scan_gradient, rows=(0, 1, 3, 4, 6, 8, 9))
@@ -155,7 +181,7 @@ def _conv(
     silu: bool,
     reverse: bool = False,
 ) -> Tensor:
-    return _kernels("conv1d", x).forward(
+    return kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse
     )
 
@@ -176,7 +202,7 @@ def _conv_backward(
     silu: bool,
     reverse: bool = False,
 ) -> List[Tensor]:
-    grads = _kernels("conv1d", x).backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
+    grads = kernels("conv1d", x).backward(grad_y, x, weight, bias, state, seq_idx, silu, reverse)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
@@ -209,63 +235,83 @@ def _conv_gradient(ctx, grad_y):
             (grad_y,),
         )
         return (*grads, None, None, None)
-    grads = iter(_call_conv_backward(grad_y, *tensors, ctx.silu, ctx.reverse))
+    grads = iter(call_conv_backward(grad_y, *tensors, ctx.silu, ctx.reverse))
     return (*[None if t is None else next(grads) for t in tensors[:4]], None, None, None)
 
 
-_call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
-_call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
+call_conv = differentiable(_conv, _conv_setup, _conv_gradient, rows=(0, 3, 4))
+call_conv_backward = differentiable(_conv_backward, nothing, never_twice, kind=list)
 
 
 @custom_op("mambapy::rms_norm", mutates_args=())
 def _norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    y, s = _kernels("norm", x).forward(x, weight, residual, eps, dtype)
+    y, s = kernels("norm", x).forward(x, weight, residual, eps, dtype)
     return y, x.new_empty(0) if s is None else s
 
 
 @_norm.register_fake
 def _(x, weight, residual, eps, dtype):
-    s = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
+    s = x.new_empty(0)
+    if residual is not None:
+        s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     return x.new_empty(x.shape, dtype=dtype), s
 
 
 @custom_op("mambapy::rms_norm_backward", mutates_args=())
 def _norm_backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype)
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The gradient to x too, where that is in another dtype than s.
+    narrow = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
+    out = None if x_dtype == s.dtype else narrow
+    grads = kernels("norm", s).backward(grad_y, grad_s, s, weight, eps, s.dtype, out)
+    return *grads, narrow
 
 
 @_norm_backward.register_fake
-def _(grad_y, grad_s, s, weight, eps):
-    return s.new_empty(s.shape), weight.new_empty(weight.shape)
+def _(grad_y, grad_s, s, weight, eps, x_dtype):
+    narrow = s.new_empty(0 if x_dtype == s.dtype else s.shape, dtype=x_dtype)
+    return s.new_empty(s.shape), weight.new_empty(weight.shape), narrow
 
 
 def _norm_setup(ctx, inputs, output):
     x, weight, residual, ctx.eps, ctx.y_dtype = inputs
     ctx.fused, ctx.dtype = residual is not None, x.dtype
+    ctx.residual_dtype = residual.dtype if ctx.fused else None
     ctx.save_for_backward(output[1] if ctx.fused else x, weight)
     ctx.set_materialize_grads(False)
 
 
 def _norm_gradient(ctx, grad_y, grad_s):
     s, weight = ctx.saved_tensors
+    grad_s = grad_s if ctx.fused else None
     if grad_y is None:
-        grad_y = torch.zeros_like(s)
-    if torch.is_grad_enabled() and transform() is None and not ctx.fused:
-        grads = differentiable_gradients(
-            lambda x, weight: reference.rms_norm(x, weight, ctx.eps, ctx.y_dtype),
+        grad_y = torch.zeros_like(s, dtype=ctx.y_dtype)
+    if torch.is_grad_enabled() and transform() is None:
+        for_x, for_weight, for_residual = ctx.needs_input_grad[:3]
+        grad, grad_weight = differentiable_gradients(
+            # s as a view: it is an input as well.
+            lambda s, weight: (
+                reference.rms_norm(s, weight, ctx.eps, ctx.y_dtype),
+                s.view_as(s),
+            ),
             (s, weight),
-            ctx.needs_input_grad[:2],
-            (grad_y,),
+            (for_x or for_residual, for_weight),
+            (grad_y, grad_s),
         )
-        return (*grads, None, None, None)
-    grad, grad_weight = _call_norm_backward(
-        grad_y, grad_s if ctx.fused else None, s, weight, ctx.eps
-    )
-    return grad.to(ctx.dtype), grad_weight, grad if ctx.fused else None, None, None
+        grad_x = grad.to(ctx.dtype) if for_x else None
+        grad_residual = grad.to(ctx.residual_dtype) if for_residual else None
+        return grad_x, grad_weight, grad_residual, None, None
+    grad, grad_weight, narrow = _call_norm_backward(grad_y, grad_s, s, weight, ctx.eps, ctx.dtype)
+    grad_x = grad if ctx.dtype == s.dtype else narrow
+    return grad_x, grad_weight, grad.to(ctx.residual_dtype) if ctx.fused else None, None, None
 
 
 _call_norm = differentiable(_norm, _norm_setup, _norm_gradient, rows=(0, 2))
@@ -304,7 +350,7 @@ def selective_scan(
         save = save or not torch.compiler.is_compiling()
         y, last, _ = _call_scan(*tensors, seq_idx, dt_softplus, save, reverse)
         return y, last
-    y, last, _ = _kernels("selective_scan", x).forward(
+    y, last, _ = kernels("selective_scan", x).forward(
         x, dt, A, B, C, D, z,
         dt_bias=dt_bias, dt_softplus=dt_softplus, state=state, seq_idx=seq_idx, reverse=reverse,
         out=out,
@@ -326,8 +372,8 @@ def causal_conv1d(
     """The kernels' `forward` with autograd; `activation` is None or "silu"."""
     silu = activation == "silu"
     if _has_gradient(x, weight, bias, state) or is_traced():
-        return _call_conv(x, weight, bias, state, seq_idx, silu, reverse)
-    return _kernels("conv1d", x).forward(
+        return call_conv(x, weight, bias, state, seq_idx, silu, reverse)
+    return kernels("conv1d", x).forward(
         x, weight, bias, activation=silu, state=state, seq_idx=seq_idx, reverse=reverse, out=out
     )
 
@@ -342,6 +388,6 @@ def rms_norm(
     """The kernels' `forward` with autograd: y, and x + residual (None without a residual)."""
     dtype = dtype or x.dtype
     if not (_has_gradient(x, weight, residual) or is_traced()):
-        return _kernels("norm", x).forward(x, weight, residual, eps, dtype)
+        return kernels("norm", x).forward(x, weight, residual, eps, dtype)
     y, s = _call_norm(x, weight, residual, eps, dtype)
     return y, None if residual is None else s

@@ -200,6 +200,21 @@ def rms_norm(
     return y.to(dtype or x.dtype)
 
 
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """s = residual + x in the wider dtype of both, and y = rms_norm(s), in x's dtype or another.
+
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), equation 4.
+    """
+    s = residual + x
+    return rms_norm(s, weight, eps, dtype or x.dtype), s
+
+
 def gated_rms_norm(
     y: Tensor, z: Tensor, weight: Tensor, n_groups: int = 1, eps: float = 1e-5
 ) -> Tensor:

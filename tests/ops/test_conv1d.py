@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mambapy import ops
 from mambapy.errors import BackendError, ShapeError
-from mambapy.ops import official
+from mambapy.ops import joint_gradient, official
 from tests.helpers import assert_near, outputs_and_grads
 
 
@@ -133,3 +133,61 @@ def test_official_adapter_converts_the_layout(monkeypatch):
     monkeypatch.setattr(official, "importlib", stand_in)
     found = official.causal_conv1d(**args, activation="silu")
     assert_near(found, ops.causal_conv1d(**args, activation="silu"), 1e-6)
+
+
+def gate_args(l=7, e=5):
+    args = {name: T for name, T in conv_args(l=l, e=e).items() if name != "x"}
+    return {"xz": torch.randn(2, l, 2 * e, dtype=torch.float64).requires_grad_(), **args}
+
+
+def apart(xz, weight, bias, state=None, seq_idx=None):
+    x, z = xz.chunk(2, dim=-1)
+    y = ops.causal_conv1d(x, weight, bias, activation="silu", state=state, seq_idx=seq_idx)
+    return y, 1 * y, z
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_convolution_and_gate(backend):
+    def together(**args):
+        return ops.conv_and_gate(**args, activation="silu", backend=backend)
+
+    args = gate_args()
+    assert_near(outputs_and_grads(together, args), outputs_and_grads(apart, args), 1e-12)
+    with torch.no_grad():
+        y, again, z = together(**args, overwrite=False)
+        assert torch.equal(y, again)
+        assert z.data_ptr() == args["xz"].chunk(2, -1)[1].data_ptr()
+        assert_near(together(**args, overwrite=True)[0], y, 1e-12)
+    with pytest.raises(ShapeError, match="2e"):
+        ops.conv_and_gate(torch.zeros(1, 2, 3), args["weight"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_gradient_for_convolution_and_gate(packed):
+    """What a GPU does, by the CPU's kernels."""
+    args = gate_args(l=9)
+    del args["state"]
+    seq_idx = torch.randint(2, (2, 9)) if packed else None
+
+    def together(xz, weight, bias):
+        return joint_gradient.conv_and_gate(xz, weight, bias, activation="silu", seq_idx=seq_idx)
+
+    expected = outputs_and_grads(lambda **a: apart(**a, seq_idx=seq_idx), args)
+    assert_near(outputs_and_grads(together, args), expected, 1e-12)
+    assert torch.autograd.gradcheck(together, tuple(args.values()))
+    assert torch.autograd.gradgradcheck(together, tuple(args.values()))
+    # One of both is not used.
+    for i in (0, 1, 2):
+        pair = [torch.autograd.grad(f(**args)[i].sum(), args["xz"])[0] for f in (together, apart)]
+        if not packed:
+            assert_near(*pair, 1e-12)
+    # The gradient of the gate, where it comes with room for the other half, is not copied.
+    y, _, z = together(**args)
+    whole = torch.randn_like(args["xz"])
+    grad_z = whole[..., 5:]
+    grad_z.mambapy_whole = whole
+    found = torch.autograd.grad((y, z), args["xz"], (torch.zeros_like(y), grad_z))[0]
+    assert found.data_ptr() == whole.data_ptr()
+    # Once: another convolution must not write there too.
+    assert not hasattr(grad_z, "mambapy_whole")
+    assert not found[..., :5].any()

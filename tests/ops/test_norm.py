@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mambapy import ops
-from mambapy.errors import ShapeError
+from mambapy.errors import BackendError, ShapeError
 from tests.helpers import assert_near, outputs_and_grads
 
 
@@ -46,3 +46,77 @@ def test_y_may_have_another_dtype(backend):
     for got, want in zip(found, wanted, strict=True):
         assert got.dtype == torch.float32
         assert_near(got, want, 1e-6)
+
+
+def add_args(*shape, dtype=torch.float64):
+    x, residual = torch.randn(2, *shape, dtype=dtype)
+    weight = torch.randn(shape[-1], dtype=dtype)
+    return {"x": x, "residual": residual, "weight": weight}
+
+
+def leaves(args):
+    return {name: T.detach().requires_grad_() for name, T in args.items()}
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("shape", [(1,), (3, 1, 8), (2, 65, 24)])
+def test_an_addition_and_its_norm(backend, shape):
+    args = leaves(add_args(*shape))
+
+    def two(x, residual, weight):
+        s = residual + x
+        return F.rms_norm(s, shape[-1:], weight, 1e-3), s
+
+    expected = outputs_and_grads(two, args)
+    found = outputs_and_grads(lambda **a: ops.add_rms_norm(**a, eps=1e-3, backend=backend), args)
+    assert_near(found, expected, 1e-12)
+
+
+def test_the_sum_is_in_the_wider_dtype_and_gradients_in_their_own():
+    args = add_args(5, 40, dtype=torch.float32)
+    args = leaves(args | {"x": args["x"].bfloat16()})
+    y, s = ops.add_rms_norm(**args)
+    assert (y.dtype, s.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(s, args["x"] + args["residual"])
+    assert ops.add_rms_norm(**args, dtype=torch.float32)[0].dtype == torch.float32
+    grads = torch.autograd.grad((y.sum(), s.sum()), list(args.values()))
+    assert [T.dtype for T in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    narrow_stream = args | {"x": args["x"].float(), "residual": args["residual"].bfloat16()}
+    assert ops.add_rms_norm(**narrow_stream)[1].dtype == torch.float32
+    # Without a weight there is the definition.
+    y, s = ops.add_rms_norm(args["x"], args["residual"])
+    assert torch.equal(y, ops.rms_norm(s, dtype=torch.bfloat16))
+
+
+def test_an_addition_and_its_norm_through_torchs_machinery():
+    args = add_args(3, 8)
+    function = lambda *a: ops.add_rms_norm(*a, eps=1e-3)  # noqa: E731
+    given = list(leaves(args).values())
+    assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
+
+    def loss(x, residual, weight):
+        y, s = function(x, residual, weight)
+        return (y.sin() * s).sum()
+
+    expected = torch.autograd.grad(loss(*given), given)
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(*args.values())
+    for got, want in zip(found, expected, strict=True):
+        assert_near(got, want, 1e-12)
+    xs = torch.randn(4, 3, 8, dtype=torch.float64)
+    mapped = torch.func.vmap(loss, in_dims=(0, None, None))(xs, *list(args.values())[1:])
+    assert_near(mapped, torch.stack([loss(x, *list(args.values())[1:]) for x in xs]), 1e-12)
+
+
+def test_bad_additions():
+    x = torch.zeros(2, 8)
+    with pytest.raises(ShapeError, match="residual must be"):
+        ops.add_rms_norm(x, torch.zeros(8), torch.ones(8))
+    with pytest.raises(ShapeError, match="residual must be floating"):
+        ops.add_rms_norm(x, torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="residual is on meta"):
+        ops.add_rms_norm(x, torch.zeros(2, 8, device="meta"))
+    with pytest.raises(ShapeError, match="weight"):
+        ops.add_rms_norm(x, x, torch.ones(7))
+    with pytest.raises(BackendError, match="gpu"):
+        ops.add_rms_norm(x, x, torch.ones(8), backend="gpu")

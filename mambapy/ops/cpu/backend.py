@@ -77,6 +77,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return kernel_ops.rms_norm(x, weight, None, eps, dtype)[0]
 
 
+def refuses_add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> str | None:
+    """Why the kernel cannot run an addition and a norm, or None."""
+    return refuses_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm`: the sum, then the norm in one pass."""
+    s = residual + x
+    return rms_norm(s, weight, eps, dtype), s
+
+
 def refuses_step(x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:
     """Why the kernels cannot run a step, or None. They are no operators: nothing sees through."""
     if is_traced():

@@ -142,14 +142,16 @@ def forward(
         residual: (..., d) or None for s = x.
 
     Returns:
-        y in `dtype` (None: x's), and s in the dtype of `residual` (None without one).
+        y in `dtype` (None: x's), and s in the dtype of a sum (None without a residual).
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
     """
     F = torch.float64 if x.dtype == torch.float64 else arithmetic(x.dtype)
     d = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype or x.dtype)
-    s = None if residual is None else torch.empty(x.shape, dtype=residual.dtype)
+    s = None
+    if residual is not None:
+        s = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     tensors = [
         _rows(x, F),
         _rows(residual, F),
@@ -167,9 +169,18 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `forward` to s (so to x and residual alike, in `dtype`) and to weight."""
+    """Gradients of `forward` to s (so to x and residual alike, in `dtype`) and to weight.
+
+    That to s is written to `out` too, where it is given: for an x in another dtype.
+    """
     F = arithmetic(s.dtype)
     d = s.shape[-1]
     rows = s.numel() // d
@@ -191,4 +202,6 @@ def backward(
     width = -(-d // LANES) * LANES
     scratch = (LANES + 2 * FOLDED + 5 * width) * F.itemsize
     run(compiled(build_backward, F), args, tasks, scratch, 6 * rows * d)
+    if out is not None:
+        out.copy_(grad_x)
     return grad_x, grad_weight.sum(0).to(weight.dtype)

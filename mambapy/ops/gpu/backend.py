@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mambapy.ops.dispatch import is_traced
 from mambapy.ops.reference import wide_dtype
@@ -111,11 +112,50 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, **optio
     return kernel_ops.causal_conv1d(x, weight, bias, **options)
 
 
+def has_joint_gradient(xz: Tensor) -> bool:
+    """Whether `conv_and_gate` is worth its while: on a GPU, for autograd, which runs eagerly."""
+    return (
+        not torch.compiler.is_compiling()
+        and xz.is_cuda
+        and xz.requires_grad
+        and torch.is_grad_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def conv_and_gate(
+    xz: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.conv_and_gate` with one gradient for both halves."""
+    from mambapy.ops import joint_gradient
+
+    return joint_gradient.conv_and_gate(xz, weight, bias, **options)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`ops.rms_norm` in one pass."""
     from mambapy.ops import kernel_ops
 
     return kernel_ops.rms_norm(x, weight, None, eps, dtype)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`ops.add_rms_norm` in one pass."""
+    from mambapy.ops import kernel_ops
+
+    y, s = kernel_ops.rms_norm(x, weight, residual, eps, dtype)
+    assert s is not None
+    return y, s
+
+
+def refuses_add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-5
+) -> str | None:
+    """Why the kernel cannot run an addition and a norm, or None."""
+    return refuses_norm(x, weight, eps) or refuses_triton(residual)
 
 
 def refuses_plan(x: Tensor, dtype: torch.dtype) -> str | None:

@@ -135,7 +135,7 @@ def _forward(
 
 @triton.jit
 def _backward_rows(
-    grad_y, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, start,
+    grad_y, more, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, start,
     COUNT: tl.constexpr, OWN: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """COUNT steps on from first + start.
@@ -154,11 +154,17 @@ def _backward_rows(
         rows = rows + (_read(x, where, step, length),)
         grads = grads + (_read(grad_y, where, step, length),)
         begins = begins + (_begins(seq, where, step, length),)
+    others = ()
+    if more is not None:
+        for u in tl.static_range(COUNT):
+            others = others + (_read(more, where, first + start + u, length),)
     for u in tl.static_range(COUNT):
         if PACKED:
             reach = tl.where(begins[u], 0, tl.minimum(reach + 1, K - 1))
         window = window + (rows[u].to(tl.float32),)
         grad = grads[u].to(tl.float32)
+        if more is not None:
+            grad += others[u].to(tl.float32)
         if SILU:
             value = _convolve(taps, offset, window, reach, K, PACKED)
             gate = _sigmoid(value)
@@ -187,7 +193,7 @@ def _backward_rows(
 
 @triton.jit
 def _backward(
-    grad_y, x, weight, bias, state, seq, grad_x, grad_state, parts, length, channels,
+    grad_y, more, x, weight, bias, state, seq, grad_x, grad_state, parts, length, channels,
     K: tl.constexpr, SILU: tl.constexpr,
     STEPS: tl.constexpr, C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -202,11 +208,11 @@ def _backward(
     walk = (window, pending, sums, reach)
     for i in range(0, STEPS, UNROLL):
         walk = _backward_rows(
-            grad_y, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, i,
+            grad_y, more, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, i,
             UNROLL, True, K, SILU,
         )  # fmt: skip
     walk = _backward_rows(
-        grad_y, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, STEPS,
+        grad_y, more, x, seq, grad_x, grad_state, taps, offset, walk, where, first, length, STEPS,
         K - 1, False, K, SILU,
     )  # fmt: skip
     channel, inside = where[1:]
@@ -294,16 +300,24 @@ def backward(
     seq_idx: Tensor | None,
     activation: bool,
     reverse: bool,
+    more: Tensor | None = None,
+    grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of `forward` to (x, weight, bias, state); the pre-activation is computed again."""
+    """Gradients of `forward` to (x, weight, bias, state); the pre-activation is computed again.
+
+    The gradient of y is grad_y + more, where that is given; that to x is written to `grad_x`
+    (b, l, e), where it is given, whose last stride is 1.
+    """
     b, l, e = x.shape
     k = weight.shape[1]
     sizes = tile(b, l, e, BACKWARD)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if grad_x is None:
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_state = None if state is None else state.new_empty(state.shape)
     stretches = b * triton.cdiv(l, sizes["STEPS"])
     parts = torch.empty(stretches, k + 1, e, dtype=torch.float32, device=x.device)
-    tensors = [_rows(grad_y, reverse), _rows(x, reverse), _vector(weight), _vector(bias)]
+    tensors: list[Any] = [_rows(grad_y, reverse), _rows(more, reverse)]
+    tensors += [_rows(x, reverse), _vector(weight), _vector(bias)]
     tensors += [_rows(state), _rows(seq_idx, reverse), _rows(grad_x, reverse), _rows(grad_state)]
     _launch(_backward, x, [*tensors, parts], k, activation, sizes)
     total = parts.sum(0)  # (k+1, e)

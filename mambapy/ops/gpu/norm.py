@@ -36,7 +36,10 @@ def _forward(
     value = tl.load(_place(x, row) + column, mask, other=0.0).to(tl.float32)
     if residual is not None:
         value += tl.load(_place(residual, row) + column, mask, other=0.0).to(tl.float32)
-        tl.store(_place(s, row) + column, value, mask)
+        # The norm is that of the sum as the next layers see it.
+        stored = value.to(s[0].dtype.element_ty)
+        tl.store(_place(s, row) + column, stored, mask)
+        value = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / d + eps)[:, None]
     gain = tl.load(weight + column, column < d, other=0.0).to(tl.float32)
     tl.store(_place(y, row) + column, value * scale * gain, mask)
@@ -44,7 +47,7 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_y, grad_s, s, weight, grad_x, parts, rows, d, eps,
+    grad_y, grad_s, s, weight, grad_x, narrow, parts, rows, d, eps,
     REPEAT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With r = 1 / rms(s), u = r s and p = w grad_y:  grad s = r (p - u mean(p u)),  grad w =
@@ -66,6 +69,8 @@ def _backward(
         if grad_s is not None:
             into += tl.load(_place(grad_s, row) + column, mask, other=0.0).to(tl.float32)
         tl.store(_place(grad_x, row) + column, into, mask)
+        if narrow is not None:
+            tl.store(_place(narrow, row) + column, into, mask)
     tl.store(parts + program * d + column, tl.sum(total, 0)[None, :], column < d)
 
 
@@ -106,14 +111,16 @@ def forward(
         residual: (..., d) or None for s = x.
 
     Returns:
-        y in `dtype` (None: x's), and s in the dtype of `residual` (None without one).
+        y in `dtype` (None: x's), and s in the dtype of a sum (None without a residual).
 
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467).
     """
     d = x.shape[-1]
     rows = x.numel() // d
     y = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
-    s = None if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    s = None
+    if residual is not None:
+        s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     sizes = tile(rows, d)
     tensors = [_rows(x), _rows(residual), weight.detach().contiguous(), _rows(y), _rows(s)]
     if rows:
@@ -123,9 +130,18 @@ def forward(
 
 
 def backward(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    grad_y: Tensor,
+    grad_s: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `forward` to s (so to x and residual alike, in `dtype`) and to weight."""
+    """Gradients of `forward` to s (so to x and residual alike, in `dtype`) and to weight.
+
+    That to s is written to `out` too, where it is given: for an x in another dtype.
+    """
     d = s.shape[-1]
     rows = s.numel() // d
     sizes = tile(rows, d)
@@ -133,7 +149,8 @@ def backward(
     programs = triton.cdiv(rows, sizes["R"] * repeat)
     grad_x = torch.empty(s.shape, dtype=dtype, device=s.device)
     parts = torch.empty(programs, d, dtype=torch.float32, device=s.device)
-    tensors = [_rows(grad_y), _rows(grad_s), _rows(s), weight.detach().contiguous(), _rows(grad_x)]
+    tensors = [_rows(grad_y), _rows(grad_s), _rows(s), weight.detach().contiguous()]
+    tensors += [_rows(grad_x), _rows(out)]
     if rows:
         with torch.cuda.device_of(s):
             _backward[(programs,)](*tensors, parts, rows, d, eps, REPEAT=repeat, **sizes)

@@ -93,8 +93,12 @@ def backward(
     dt_softplus: bool,
     reverse: bool,
     lanes: Lanes | None = None,
+    grad_z: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state)."""
+    """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state).
+
+    That to z is written to `grad_z` (b, l, e), where it is given, whose last stride is 1.
+    """
     b, l, e = x.shape
     n = A.shape[1]
     if b * e == 0:
@@ -113,7 +117,8 @@ def backward(
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     grad_x = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
     grad_dt = torch.empty(b, l, e, dtype=dt.dtype, device=x.device)
-    grad_z = None if z is None else torch.empty(b, l, e, dtype=z.dtype, device=x.device)
+    if z is not None and grad_z is None:
+        grad_z = torch.empty(b, l, e, dtype=z.dtype, device=x.device)
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
@@ -136,14 +141,14 @@ def backward(
         _carry(lanes, carried, dt, A, C, grad_y, z, dt_bias, seq_idx, dt_softplus, reverse)
     rows = _Rows(lanes, reverse, x)
     into = _Rows(lanes, reverse, grad_x)
-    (to_x, *steps), (to_dt, *_), (to_z, *_) = (
+    (to_x, *steps), (to_dt, *_), (to_z, *z_steps) = (
         into.add(name, T) for name, T in (("X", grad_x), ("DT", grad_dt), ("Z", grad_z))
     )
     args = [
         *rows.add("X", x), *rows.add("DT", dt), pointer(A), *rows.add("B", B), *rows.add("C", C),
         pointer(D), *rows.add("Z", z), pointer(dt_bias), *rows.documents(seq_idx),
         *rows.add("R", grad_y), pointer(starts), pointer(grad_last), pointer(carried),
-        to_x, to_dt, to_z, *steps, rows.first(grad_B[0]), rows.first(grad_C[0]),
+        to_x, to_dt, to_z, *steps, *z_steps, rows.first(grad_B[0]), rows.first(grad_C[0]),
         *rows.strides(grad_B[0]), pointer(grad_A), pointer(grad_D), pointer(grad_bias),
         pointer(grad_state), b, l, e, n,
     ]  # fmt: skip

@@ -184,6 +184,24 @@ def test_y_may_be_written_over_an_input():
         assert torch.equal(out, y)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_gates_gradient_may_be_half_of_a_tensor(reverse):
+    args = drawn(70, 16)
+    grads = torch.randn(2, 70, 10, device=DEVICE), torch.randn(2, 10, 16, device=DEVICE)
+    expected = actual_of(args, *grads, USUAL, reverse=reverse)
+    _, _, starts = selective_scan.forward(
+        **args, dt_softplus=True, reverse=reverse, save=True, lanes=USUAL
+    )
+    tensors = [args.get(name) for name in (*INPUTS, "seq_idx")]
+    whole = torch.zeros(2, 70, 20, device=DEVICE)
+    found = selective_scan.backward(
+        *grads, starts, *tensors, True, reverse, lanes=USUAL, grad_z=whole[..., 10:]
+    )
+    assert_near(dict(zip(INPUTS, found, strict=True)), {k: expected[k] for k in INPUTS}, 1e-6)
+    assert torch.equal(whole[..., 10:].cpu(), found[6].cpu())
+    assert not whole[..., :10].any()
+
+
 def test_small_steps_keep_their_precision():  # log(1 + u) near 1
     args = drawn(8, 16)
     args["dt"] = torch.linspace(-40, 30, 2 * 8 * 10, device=DEVICE).view(2, 8, 10)

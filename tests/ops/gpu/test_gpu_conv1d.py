@@ -1,14 +1,17 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from mambapy.ops import reference
+from mambapy import ops
+from mambapy.ops import joint_gradient, kernel_ops, reference
 from mambapy.ops.direction import conv_from_the_end
-from mambapy.ops.gpu import conv1d
+from mambapy.ops.gpu import conv1d, selective_scan
 from tests.helpers import assert_near
+from tests.ops.gpu import emulator
 
 CUDA = torch.cuda.is_available()
 BATCH = 2 if CUDA else 1
@@ -177,3 +180,86 @@ def test_more_than_two_to_the_31_elements(device, reverse):
     chunks = zip(x[0].split(2**16), y[0].split(2**16), strict=True)
     last = sum(torch.einsum("le,le->e", a.double(), b.double()) for a, b in chunks)
     assert_near(grad_weight[:, 3], last, 1e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_in_two_parts(device, reverse, dtype):
+    tensors = draw(device, 9, e=6, dtype=dtype)
+    grad_y, wide = torch.randn(1, 9, 6, device=device), torch.randn(1, 9, 12, device=device)
+    grad_y, more = grad_y.to(dtype), wide.to(dtype)[..., 6:]
+    found = conv1d.backward(grad_y, *tensors.values(), True, reverse, more=more)
+    both = (grad_y.float() + more.float()).contiguous()
+    expected = conv1d.backward(both, *tensors.values(), True, reverse)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_gradient_written_into_half_of_a_tensor(device):
+    tensors = draw(device, 9, e=6)
+    grad_y = torch.randn(1, 9, 6, device=device)
+    whole = torch.zeros(1, 9, 12, device=device)
+    found = conv1d.backward(grad_y, *tensors.values(), True, False, grad_x=whole[..., :6])
+    expected = conv1d.backward(grad_y, *tensors.values(), True, False)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(whole[..., :6], expected[0])
+    assert not whole[..., 6:].any()
+
+
+@pytest.fixture
+def on_gpu(device, monkeypatch):
+    """Without a GPU: its kernels for the CPU's tensors, those of the scan in the emulator."""
+    if CUDA:
+        return
+    card = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(selective_scan, "launch", emulator.launch)
+    monkeypatch.setattr(kernel_ops, "is_on_gpu", lambda T: True)
+    kernels = {"conv1d": conv1d, "selective_scan": selective_scan}
+    monkeypatch.setattr(kernel_ops, "kernels", lambda name, x: kernels[name])
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("how", ["once", "twice", "hook", "alone", "no scan"])
+def test_one_gradient_for_a_mixers_halves(device, how):
+    """Of x and z: written by the scan and the convolution, whatever else happens to them."""
+    b, l, e, n = 2, 33, 16, 8
+    xz, dt = torch.randn(b, l, 2 * e, device=device), torch.randn(b, l, e, device=device)
+    xz.requires_grad_()
+    weight, bias = torch.randn(e, 4, device=device), torch.randn(e, device=device)
+    weight.requires_grad_()
+    A, (B, C) = -torch.rand(e, n, device=device), torch.randn(2, b, l, n, device=device)
+    seen, copies = [], []
+
+    def loss(joint):
+        inputs = xz * 1.5
+        inputs.register_hook(lambda grad: seen.append(grad.is_contiguous()))
+        if joint:
+            run = ops.conv_and_gate if CUDA else joint_gradient.conv_and_gate
+            x, again, z = run(inputs, weight, bias, activation="silu")
+            assert "ConvAndGate" in type(x.grad_fn).__name__
+            z.register_hook(lambda grad: copies.append(not hasattr(grad, "mambapy_whole")))
+        else:
+            x, z = inputs.chunk(2, dim=-1)
+            again = x = ops.causal_conv1d(x, weight, bias, activation="silu")
+        if how == "hook":
+            z.register_hook(lambda grad: 2 * grad)
+        if how == "no scan":
+            return x.square().sum() + again.cos().sum()
+        y = ops.selective_scan(x, dt, A, B, C, None, z, dt_softplus=True)
+        y = y.square().sum() + again.cos().sum()
+        return y + z.sin().sum() if how == "twice" else z.sin().sum() if how == "alone" else y
+
+    wanted = (xz, weight)
+    expected = torch.autograd.grad(loss(joint=False), wanted, materialize_grads=True)
+    value = loss(joint=True)
+    first = torch.autograd.grad(value, wanted, retain_graph=True)
+    kept = first[0].clone()
+    again = torch.autograd.grad(value, wanted)
+    for want, *found in zip(expected, first, again, strict=True):
+        for got in found:
+            assert_near(got, want, 1e-5)
+    assert torch.equal(first[0], kept)
+    assert all(seen)
+    # A gradient that somebody has added to, or that is none of the scan's, is copied.
+    assert copies == [how in ("twice", "alone", "no scan")] * 2

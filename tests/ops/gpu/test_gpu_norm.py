@@ -3,7 +3,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from mambapy.ops import reference
+from mambapy import ops
+from mambapy.ops import kernel_ops, reference
 from mambapy.ops.gpu import norm
 from tests.helpers import assert_near
 
@@ -73,6 +74,26 @@ def test_dtypes(device, dtype, stream, wide):
     check(x, weight, residual.to(stream or dtype), grad_s.to(stream or dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gradient_in_a_second_dtype(device, dtype):
+    s, grad_y, grad_s = torch.randn(3, 7, 40, device=device)
+    weight = torch.randn(40, device=device)
+    out = torch.empty(7, 40, dtype=dtype, device=device)
+    grads = norm.backward(grad_y, grad_s, s, weight, EPS, s.dtype, out)
+    expected = norm.backward(grad_y, grad_s, s, weight, EPS, s.dtype)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    # The interpreter cuts digits off.
+    assert_near(out.float(), grads[0].to(dtype).float(), 0 if CUDA else 2**-7)
+
+
+def test_a_narrow_stream_is_rounded_before_its_norm(device):
+    x, residual = torch.randn(2, 5, 24, device=device).bfloat16()
+    weight = torch.randn(24, device=device)
+    y, s = norm.forward(x, weight, residual, EPS, torch.float32)
+    assert_near(s.float(), (x + residual).float(), 0 if CUDA else 2**-7)
+    assert torch.equal(y, norm.forward(s, weight, None, EPS, torch.float32)[0])
+
+
 def test_layouts(device):
     weight = torch.randn(24, device=device)
     wide = torch.randn(3, 5, 2 * 24, device=device)
@@ -122,3 +143,29 @@ def test_more_than_two_to_the_31_elements(device):
         assert_near(y[part].cpu(), want, 1e-2)
         want_grad = torch.autograd.grad(want, given, y[part].cpu().double())[0]
         assert_near(grad[part].cpu(), want_grad, 1e-2)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_op_and_its_gradients(device, narrow, monkeypatch):
+    if not CUDA:
+        monkeypatch.setattr(kernel_ops, "kernels", lambda name, x: norm)
+    l, d = (65, 768) if CUDA else (7, 40)
+    x, residual = torch.randn(2, 3, l, d, device=device)
+    x = x.bfloat16() if narrow else x
+    given = [T.requires_grad_() for T in (x, residual, torch.randn(d, device=device))]
+
+    def results(backend):
+        y, s = ops.add_rms_norm(*given, backend=backend)
+        grads = torch.autograd.grad((y.float().sin() * s).sum(), given)
+        return [y, s, *grads]
+
+    for found, expected in zip(results("gpu"), results("reference"), strict=True):
+        assert found.dtype == expected.dtype
+        # The interpreter cuts digits off.
+        rounding = 1e-2 if CUDA else 5e-2
+        assert_near(found.float(), expected.float(), rounding if narrow else 5e-6)
+    (grad,) = torch.autograd.grad(
+        ops.add_rms_norm(*given)[0].float().square().sum(), given[0], create_graph=True
+    )
+    grad.float().sum().backward()
+    assert torch.isfinite(given[1].grad).all()
