@@ -43,7 +43,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     about: dict[str, Any] = {"error": None, "capturable": []}
 
     @contextmanager
-    def record(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    def record(graph: Graph, pool: None, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         # What is recorded does not run.
         update = about["update"]
         before = state_of(update)

@@ -20,8 +20,5 @@ def recorded(
     The stream is the caller's own: torch's default one belongs to whichever device came first.
     Graphs that take turns, and leave nothing to each other, may share a pool of memory.
     """
-    with (
-        _recording,
-        torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
-    ):
+    with _recording, torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         yield

@@ -11,11 +11,20 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from mambapy.ops.gpu import cuda
 
+# What torch says of a card, as far as kernels ask.
+H100 = SimpleNamespace(
+    name="none",
+    major=9,
+    multi_processor_count=132,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+)
 MACHINE = Path(__file__).with_name("machine.h")
 WRAPPER = """
 static long long* args_;

@@ -1,5 +1,4 @@
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,8 +210,7 @@ def on_gpu(device, monkeypatch):
     """Without a GPU: its kernels for the CPU's tensors, those of the scan in the emulator."""
     if CUDA:
         return
-    card = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: emulator.H100)
     monkeypatch.setattr(selective_scan, "launch", emulator.launch)
     monkeypatch.setattr(kernel_ops, "is_on_gpu", lambda T: True)
     kernels = {"conv1d": conv1d, "selective_scan": selective_scan}
