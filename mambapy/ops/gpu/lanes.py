@@ -155,8 +155,9 @@ def shared_bytes(name: str, lanes: Lanes, layouts: tuple[tuple[str, torch.dtype,
 
 # Warps on each multiprocessor that keep it busy; and as many of larger threads, forward.
 MANY_WARPS, MANY_LARGE_WARPS = 20, 11
-# Steps below which it is not worth another launch to cut the length, forward and backward.
+# Steps and parts below which it is not worth another launch to cut the length.
 SHORT = {"scan_forward": 1024, "scan_backward": 512}
+FEWEST_PARTS = {"scan_forward": 3, "scan_backward": 2}
 # A segment has that many steps at least; and that many are too few to fill the card a second time.
 LEAST_STEPS, FEW_STEPS = 2 * TILE, 1024
 
@@ -178,7 +179,9 @@ def ruled(
     def cut(lanes: Lanes) -> Lanes:
         lanes = fitted(kernel, lanes, layouts, device)
         room = processors * _at_once(kernel, lanes, layouts, device)
-        parts = 1 if l < SHORT[kernel] else _segments(l, lanes.blocks(b, e), room)
+        parts = 1
+        if l >= SHORT[kernel]:
+            parts = _segments(l, lanes.blocks(b, e), room, FEWEST_PARTS[kernel])
         return replace(lanes, segments=parts)
 
     padded = 1 << (n - 1).bit_length()
@@ -191,7 +194,7 @@ def ruled(
         return cut(replace(lanes, warps=8 if 16 < n <= 64 and warps(lanes) >= MANY_WARPS else 4))
     # Larger threads have less to add across lanes, but there must be enough of them.
     large = replace(lanes, S=2 * S, SL=lanes.SL // 2)
-    if n in (16, 64) and (warps(large) >= MANY_LARGE_WARPS or _long(cut(large), l)):
+    if n == 16 and (warps(large) >= MANY_LARGE_WARPS or _long(cut(large), l)):
         return cut(large)
     return cut(replace(lanes, warps=8 if n <= 16 and warps(lanes) >= MANY_WARPS else 4))
 
@@ -212,7 +215,7 @@ def _at_once(
     return whole // (shared_bytes(kernel, lanes, layouts) + 1024)
 
 
-def _segments(l: int, blocks: int, room: int) -> int:
+def _segments(l: int, blocks: int, room: int, fewest: int) -> int:
     """In how many parts the length is cut where a card runs `room` blocks at the same time.
 
     As many as fill it, so that none waits for a few that are left; of a long sequence, several
@@ -221,7 +224,9 @@ def _segments(l: int, blocks: int, room: int) -> int:
     """
     cuts = [k * room // blocks for k in range(1, 4)]
     best = cuts[0]
+    if best < fewest:
+        return 1
     if best == 2 and 2 * blocks < 0.9 * room:
         best = cuts[1]
-    best = max([best, *(cut for cut in cuts if cut * FEW_STEPS <= l and best > 1)])
+    best = max(best, *(cut for cut in cuts if cut * FEW_STEPS <= l), 1)
     return max(1, min(best, l // LEAST_STEPS))

@@ -180,8 +180,10 @@ def test_y_may_be_written_over_an_input():
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_gates_gradient_may_be_half_of_a_tensor(reverse):
-    args = drawn(70, 16)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_gates_gradient_may_be_half_of_a_tensor(reverse, dtype):
+    # dt may be in another dtype than x and z.
+    args = drawn(70, 16) | {"dt": drawn(70, 16)["dt"].to(dtype)}
     grads = torch.randn(2, 70, 10, device=DEVICE), torch.randn(2, 10, 16, device=DEVICE)
     expected = actual_of(args, *grads, USUAL, reverse=reverse)
     _, _, starts = selective_scan.forward(
@@ -192,8 +194,9 @@ def test_the_gates_gradient_may_be_half_of_a_tensor(reverse):
     found = selective_scan.backward(
         *grads, starts, *tensors, True, reverse, lanes=USUAL, grad_z=whole[..., 10:]
     )
-    assert_near(dict(zip(INPUTS, found, strict=True)), {k: expected[k] for k in INPUTS}, 1e-6)
-    assert torch.equal(whole[..., 10:].cpu(), found[6].cpu())
+    found = {name: grad.cpu() for name, grad in zip(INPUTS, found, strict=True)}
+    assert_near(found, {name: expected[name] for name in INPUTS}, 1e-6)
+    assert torch.equal(whole[..., 10:].cpu(), found["z"])
     assert not whole[..., :10].any()
 
 

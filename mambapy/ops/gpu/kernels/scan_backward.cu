@@ -67,9 +67,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
     const float* D, const Z_T* z, long long z_row, long long z_step, const float* bias,
     const long long* seq, long long seq_row, long long seq_step, const R_T* grad_y, long long r_row, long long r_step,
     const float* starts, const float* grad_last, const float* carried, X_T* grad_x, DT_T* grad_dt, Z_T* grad_z,
-    long long g_row, long long g_step, long long gz_row, long long gz_step, float* grad_B, float* grad_C,
-    long long n_row, long long n_step, float* grad_A, float* grad_D, float* grad_bias, float* grad_state,
-    long long rows, long long length, long long channels, long long states) {
+    long long g_row, long long g_step, float* grad_B, float* grad_C, long long n_row, long long n_step,
+    float* grad_A, float* grad_D, float* grad_bias, float* grad_state, long long rows, long long length,
+    long long channels, long long states) {
     extern __shared__ uint4 memory[];
     Shared& sm = *reinterpret_cast<Shared*>(memory);
     const Place my(length, channels, states, blockIdx.y, gridDim.y);
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
     const long long row = my.row, first = my.first, first_tile = my.first_tile, end_tile = my.end_tile;
     const bool gated = z != nullptr;
     x += row * x_row + first, dt += row * dt_row + first, z += row * z_row + first, grad_y += row * r_row + first;
-    grad_x += row * g_row + first, grad_dt += row * g_row + first, grad_z += row * gz_row + first;
+    grad_x += row * g_row + first, grad_dt += row * g_row + first, grad_z += row * g_row + first;
     B += row * b_row, C += row * c_row, seq += row * seq_row;
     // Blocks add to one sum, or each has its own.
     grad_B += (DETERMINISTIC ? my.block * rows + row : row) * n_row;
@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* WARP) scan_backward(
         const int rows_now = min(length - t, (long long)TILE);
         store_tile<G_VEC, THREADS>(grad_x + t * g_step, sm.x[half], g_step, rows_now, left);
         store_tile<G_VEC, THREADS>(grad_dt + t * g_step, sm.dt[half], g_step, rows_now, left);
-        if (gated) store_tile<G_VEC, THREADS>(grad_z + t * gz_step, sm.z[half], gz_step, rows_now, left);
+        if (gated) store_tile<G_VEC, THREADS>(grad_z + t * g_step, sm.z[half], g_step, rows_now, left);
     };
 
     float tail[TAILS];
