@@ -46,36 +46,53 @@ def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
     libraries = rivals.find(options.mamba_py)
     _check_writable(Path(options.out))
     found: list[records.Record] = []
+    result: dict[str, Any] = {}
     with Session(options, libraries) as session:
         wanted = dict.fromkeys(name for case in chosen for name in case.contestants)
+        session.left_out += [
+            {"contestant": name, "reason": libraries.missing[name]}
+            for name in wanted
+            if name in libraries.missing
+        ]
         table = Table([n for n in wanted if n not in libraries.missing], write or (lambda _: None))
         table.head([case.name for case in chosen])
         for case in chosen:
             for record in session.measure(case):
                 found.append(record)
                 table.row(record)
-        for name in wanted:
-            if name in libraries.missing:
-                session.left_out.insert(0, {"contestant": name, "reason": libraries.missing[name]})
+            # Each time: whoever stops it keeps what was measured.
+            result = _result(options, session, found, complete=case is chosen[-1])
+            _save(options.path, result)
     for line in session.left_out:
         table.write("left out: " + ", ".join(line.values()))
-    result = {
+    table.write(f"written: {options.path}")
+    return result
+
+
+def _result(
+    options: Options, session: "Session", found: list[records.Record], *, complete: bool
+) -> dict[str, Any]:
+    """What the file holds."""
+    return {
         "kind": options.kind,
         "command": options.command,
         "date": datetime.date.today().isoformat(),
+        "complete": complete,
         "machine": machine.facts(session.facts.get("threads"), session.facts.get("gpu"))
         | session.card,
-        "versions": {**libraries.versions},
+        "versions": {**session.libraries.versions},
         "left_out": session.left_out,
         "cases": found,
     }
+
+
+def _save(path: Path, result: dict[str, Any]) -> None:
+    """Write the file of results."""
     # Importing checkpoints imports torch, which nothing else in this process needs.
     from mambapy.checkpoints import atomic_write
 
-    with atomic_write(options.path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    table.write(f"written: {options.path}")
-    return result
 
 
 class Session:
