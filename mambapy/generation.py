@@ -27,6 +27,7 @@ __all__ = [
     "LanguageModel",
     "generate",
     "generate_tokens",
+    "next_tokens",
     "pad_right",
     "sample_token",
     "stream_text",
@@ -266,7 +267,7 @@ def _tokens(
                 end = min(count + max(most, 1), num_tokens)
                 with evaluating(model):
                     draws = None if noise is None else noise[count:end]
-                    values = _choose(decoder, last, end - count, choice, draws)
+                    values = next_tokens(decoder, last, end - count, choice, draws)
                     ahead.extend(_sent(values, is_read=is_read))
                 last, count = values[-1], count + len(values)
             oldest = ahead.popleft()
@@ -276,7 +277,7 @@ def _tokens(
                 return
 
 
-def _choose(
+def next_tokens(
     decoder: Any, last: Tensor, n: int, choice: Choice, noise: Tensor | None
 ) -> Sequence[Tensor]:
     """The next n tokens (b,), from noise (n, b), where a plan chooses them itself; else one."""

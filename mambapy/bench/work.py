@@ -261,7 +261,7 @@ def _decode(
 ) -> tuple[Passes, dict[str, Any]]:
     """A prompt read at once, and tokens drawn greedily one after the other."""
     decoder = contestant.decoder(sizes, options)
-    if _dtype(options) != torch.float32:
+    if _dtype(options) != torch.float32 and not getattr(decoder, "only_float32", False):
         decoder.model.to(_dtype(options))
     vocab_size = sizes["vocab_size"]
     prompt = torch.randint(vocab_size, (sizes["batch"], sizes["length"]))
@@ -276,6 +276,10 @@ def _decode(
     def decode() -> None:
         token, at = logits.argmax(dim=-1), state
         with torch.no_grad():
+            if hasattr(decoder, "greedy"):
+                # A library's own way, where that is not just the steps.
+                decoder.greedy(token, at, sizes["tokens"])
+                return
             for _ in range(sizes["tokens"]):
                 # The weights may have rows beyond the vocabulary.
                 step, at = decoder.step(token, at)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambapy.bench import cases, records, rivals, work
 from mambapy.bench.contestants import floor, ours
 from mambapy.experts import Experts
+from mambapy.generation import generate_tokens
 from mambapy.lm import LM
 from mambapy.mamba import MambaBlock, MambaConfig
 from mambapy.state import ModelState
@@ -222,8 +223,12 @@ def test_experts_of_all_are_the_same():
 
 def test_ours_decodes_with_a_state():
     decoder = ours.decoder(SIZES | MODEL, {"weights": "float32"})
+    prompt = torch.randint(40, (2, 5))
     with torch.no_grad():
-        logits, state = decoder.prefill(torch.randint(40, (2, 5)))
-        logits, state = decoder.step(logits.argmax(-1), state)
+        logits, state = decoder.prefill(prompt)
+        first = logits.argmax(-1)
+        tokens = torch.stack([first, *decoder.greedy(first, state, 6)], dim=1)
+        logits, state = decoder.step(first, state)
     assert logits.shape == (2, 40)
     assert isinstance(state, ModelState)
+    assert torch.equal(tokens, generate_tokens(decoder.model, prompt, num_tokens=7, sample=False))

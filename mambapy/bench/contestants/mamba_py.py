@@ -80,6 +80,9 @@ class Model(nn.Module):
 class Decoder:
     """The model as its `generate` uses it: a prompt, too, goes in a token at a time."""
 
+    # Its step multiplies float32 states with whatever the weights give.
+    only_float32 = True
+
     def __init__(self, model: Model) -> None:
         self.model = model
 

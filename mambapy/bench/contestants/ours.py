@@ -1,6 +1,7 @@
 """This library."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from mambapy.block import GatedMLP
 from mambapy.config import MODEL_TYPES, StackConfig, VimConfig
 from mambapy.errors import BackendError
 from mambapy.experts import Experts
+from mambapy.generation import most_ahead, next_tokens
 from mambapy.lm import LM, STACKS
 from mambapy.optim import make_optimizer
+from mambapy.sampling import Choice
 from mambapy.train.config import TrainConfig
 from mambapy.train.graph import WARM_UP, make_update
 from mambapy.train.update import Update
@@ -160,6 +163,15 @@ class Decoder:
     def step(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The next logits, and the next state."""
         return self.model.step(token, state)
+
+    def greedy(self, token: Tensor, state: Any, n: int) -> list[Tensor]:
+        """The n tokens after one, as `generate` chooses them."""
+        tokens, most = [token], max(most_ahead(token.device), 1)
+        with closing(self.model.decoder(state)) as decoder:
+            while len(tokens) <= n:
+                more = min(most, n + 1 - len(tokens))
+                tokens += next_tokens(decoder, tokens[-1], more, Choice(sample=False), None)
+        return tokens[1:]
 
 
 def decoder(sizes: Sizes, options: Options) -> Decoder:

@@ -128,9 +128,8 @@ def backward(
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
-    grad_B, grad_C = empty(parts, b, l, n), empty(parts, b, l, n)
-    for T in () if deterministic else (grad_B, grad_C):
-        T.zero_()
+    grad_BC = empty(2, parts, b, l, n)
+    grad_B, grad_C = grad_BC if deterministic else grad_BC.zero_()
     segments = lanes.segments
     grad_A = empty(segments * b, e, n)
     grad_D = None if D is None else empty(segments * b, e)
@@ -165,11 +164,11 @@ def backward(
 
     sums = (grad_A, grad_B, grad_C, grad_D, grad_bias)
     grad_A, grad_B, grad_C, grad_D, grad_bias = (
-        T if T is None else T.sum(0) if len(T) > 1 else T[0] for T in sums
+        T if T is None else T.sum(0) if T.shape[0] > 1 else T[0] for T in sums
     )
     grads = [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
     return [
-        None if grad is None else grad.to(tensor.dtype)
+        grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, originals, strict=True)
     ]
 
