@@ -139,7 +139,7 @@ def scan_gpu() -> str:
 
 def train_gpu() -> str:
     """Training on a GPU at each level of recomputation."""
-    found = load("h100/cuda-train-part")["cases"][0]["contestants"]
+    found = load("h100/cuda-train")["cases"][0]["contestants"]
     names = [
         ("its matrix products", "floor"),
         ("mambapy", "mambapy"),

@@ -2,7 +2,7 @@
 
 The states of a whole sequence, (b, l, n, e), are n times larger than its input, and a framework
 that differentiates the recurrence keeps several such tensors. Here they exist for one chunk at a
-time. The forward pass keeps the state at the start of each chunk, e n / CHUNK numbers a token; the
+time. The forward pass keeps the state at the start of each chunk, e n / chunk numbers a token; the
 backward pass visits the chunks from the last to the first, and computes each one's states again.
 
     _forward   for each chunk:  _discretise -> _scan -> y
@@ -32,9 +32,9 @@ from mambapy.pscan import scan_in_place
 # Gradients of x, dt, A, B, C, D, z, dt_bias, state. (A schema needs each of them spelt out.)
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-# Steps between saved states: 64 keeps them at e/4 numbers a token where n = 16.
-CHUNK = 64
-# Numbers in a (rows, CHUNK, n, e) tensor: a CPU's cache holds them, or an accelerator is full.
+# Steps between saved states, at least: 64 keeps them at e/4 numbers a token where n = 16.
+CHUNK, LONGEST_CHUNK = 64, 2048
+# Numbers in a (rows, chunk, n, e) tensor: a CPU's cache holds them, or an accelerator is full.
 TILE_CPU, TILE_ACCELERATOR = 2**20, 2**25
 
 
@@ -80,7 +80,7 @@ def _forward(
         h = bounds.new_zeros(bounds[rows, 0].shape)  # (b, n, e)
         if state is not None:
             h.copy_(state[rows].transpose(1, 2))
-        for i, steps in enumerate(_chunks(x)):
+        for i, steps in enumerate(_chunks(x, A.shape[0])):
             bounds[rows, i] = h
             _, _, H = _states(x, dt, A, B, dt_bias, dt_softplus, keep, h, rows, steps)
             out = torch.einsum("bcne,bcn->bce", H, C[rows, steps].to(wide))
@@ -139,7 +139,7 @@ def _backward(
     sum_A, sum_D, sum_bias = torch.zeros_like(A), A.new_zeros(A.shape[1]), A.new_zeros(A.shape[1])
     for rows in _tiles(x, A):
         G_next = grad_last[rows].transpose(1, 2).to(wide)  # (b, n, e): dLoss/dh after the chunk
-        for i, steps in reversed(list(enumerate(_chunks(x)))):
+        for i, steps in reversed(list(enumerate(_chunks(x, A.shape[0])))):
             xs, Bs, Cs = (T[rows, steps].to(wide) for T in (x, B, C))
             h = bounds[rows, i]
             delta, decay, H = _states(x, dt, A, B, dt_bias, dt_softplus, keep, h, rows, steps)
@@ -287,18 +287,32 @@ def _scan(A: Tensor, X: Tensor, *, reverse: bool = False) -> None:
             X[:, t].addcmul_(A[:, t], X[:, t - 1])
 
 
+def chunk_length(x: Tensor, n: int) -> int:
+    """Steps of a chunk of x (b, l, e) with n states.
+
+    On an accelerator the number of calls is what costs: half of what fills it goes to one row.
+    """
+    fitting, length = TILE_ACCELERATOR // (2 * n * x.shape[2]), CHUNK
+    if x.device.type == "cpu":
+        return length
+    while 2 * length <= min(fitting, LONGEST_CHUNK):
+        length *= 2
+    return length
+
+
 def _tiles(x: Tensor, A: Tensor) -> Iterator[slice]:
     """Groups of rows of the batch whose chunk of states has about TILE numbers."""
     tile = TILE_CPU if x.device.type == "cpu" else TILE_ACCELERATOR
-    size = max(1, tile // (min(CHUNK, x.shape[1]) * A.numel()))
+    size = max(1, tile // (min(chunk_length(x, A.shape[0]), x.shape[1]) * A.numel()))
     for start in range(0, x.shape[0], size):
         yield slice(start, start + size)
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def _chunks(x: Tensor, n: int) -> Iterator[slice]:
     """The steps of each chunk; the last one may be shorter."""
-    for start in range(0, x.shape[1], CHUNK):
-        yield slice(start, min(start + CHUNK, x.shape[1]))
+    length = chunk_length(x, n)
+    for start in range(0, x.shape[1], length):
+        yield slice(start, min(start + length, x.shape[1]))
 
 
 def _empty_outputs(
@@ -311,10 +325,11 @@ def _empty_outputs(
     """
     wide = wide_dtype(x, dt, A, B, C, state)
     (b, l, e), n = x.shape, A.shape[1]
+    chunk = chunk_length(x, n)
     return (
         x.new_empty(b, l, e),
         x.new_empty(b, e, n, dtype=wide),
-        x.new_empty(b, (l + 2 * CHUNK - 1) // CHUNK, n, e, dtype=wide),
+        x.new_empty(b, (l + 2 * chunk - 1) // chunk, n, e, dtype=wide),
     )
 
 

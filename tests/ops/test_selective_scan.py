@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mambapy import ops
 from mambapy.errors import BackendError, ShapeError
-from mambapy.ops import official
+from mambapy.ops import chunked, official
 from mambapy.ops.cpu import backend as cpu
 from tests.helpers import assert_near, outputs_and_grads, scan_args
 
@@ -27,6 +27,20 @@ def test_equals_the_reference_with_all_gradients(backend, l, full):  # traps 2, 
     args = scan_args(l=l, full=full)
     expected = outputs_and_grads(run("reference"), args)
     assert_near(outputs_and_grads(run(backend), args), expected, 1e-11)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128])
+def test_chunks_of_any_length(length, monkeypatch):
+    args = scan_args(l=130)
+    expected = outputs_and_grads(run("reference"), args)
+    monkeypatch.setattr(chunked, "chunk_length", lambda x, n: length)
+    assert_near(outputs_and_grads(run("chunked"), args), expected, 1e-11)
+
+
+def test_an_accelerator_has_longer_chunks():
+    x = torch.empty(8, 4096, 1536, device="meta")
+    assert [chunked.chunk_length(x, n) for n in (1, 16, 64, 256)] == [2048, 512, 128, 64]
+    assert chunked.chunk_length(torch.empty(1, 1, 1), 16) == 64
 
 
 @pytest.mark.slow
