@@ -26,10 +26,10 @@ def scan(sizes: Sizes, options: Options) -> Callable[..., Tensor]:
         return run
 
     def around(*inputs: Tensor) -> Tensor:
-        # What their block does around its scan, which is in float32.
-        x, dt, A, B, C, D, z, bias = inputs
+        # What their block does around its scan, which needs all in one dtype: A is in float32.
+        x, dt, A, B, C, D, z, bias = (T.float() for T in inputs)
         y = run(x, F.softplus(dt + bias), A, B, C, D)
-        return (y * F.silu(z)).to(x.dtype)
+        return (y * F.silu(z)).to(inputs[0].dtype)
 
     return around
 
@@ -38,6 +38,25 @@ def block(sizes: Sizes, options: Options) -> nn.Module:
     """One mixer."""
     mixer: nn.Module = theirs.MambaBlock(_config(sizes))
     return mixer
+
+
+class UnderAutocast(nn.Module):
+    """A block with its weights in float32, as theirs have to be, and products in 16 bits."""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.block, self.dtype = block, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, d)."""
+        with torch.autocast(x.device.type, self.dtype):
+            y: Tensor = self.block(x)
+        return y.to(x.dtype)
+
+
+def under_autocast(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """How a block runs in 16 bits."""
+    return UnderAutocast(block, dtype)
 
 
 def language_model(sizes: Sizes, options: Options) -> "Model":
