@@ -13,11 +13,9 @@ Of many rows, or in large models, what would be done again too often is a kernel
 and the first product behind the convolution.
 
 To that end a norm or a product waits in `_later` until something reads it, and becomes part of
-that, or is launched by itself. States live in the plan and are changed in place.
+that, or is launched by itself. How the launches run is said in launched_plan.py.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,14 +24,11 @@ from torch import Tensor
 
 from mambapy.ops.gpu import step_kernel as kernel
 from mambapy.ops.gpu import step_tiles as tiles
-from mambapy.ops.gpu.choose import Chooser
-from mambapy.ops.gpu.record import recorded
-from mambapy.ops.step_plan import Choice, KeepingPlan, Rows, Weights
+from mambapy.ops.gpu.launched_plan import Launch, LaunchedPlan
+from mambapy.ops.step_plan import Rows, Weights
 
 # Whether a kernel starts while the one before it still runs, where the card can do that.
 OVERLAP = True
-# How many ways to choose a token a plan keeps recorded.
-MOST_CHOOSERS = 4
 
 
 class _Norm(NamedTuple):
@@ -62,35 +57,17 @@ class _Linear(NamedTuple):
         return [self.x] if self.norm is None else self.norm.reads()
 
 
-class _Launch(NamedTuple):
-    """A kernel, its grid, and its arguments by name; rows stand for where they will be."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-
-
-class GpuPlan(KeepingPlan):
+class GpuPlan(LaunchedPlan):
     """The stages of one step; it calculates in float32, and keeps the states."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        super().__init__(batch, torch.float32, device)
+        super().__init__(batch, device)
         self.kernels = 0
-        self._launches: list[_Launch] = []
         self._later: dict[Rows, _Norm | _Linear] = {}
         # What became part of its reader, and is nowhere to be read again.
         self._swallowed: set[Rows] = set()
-        self._states: list[Tensor] = []
-        self._tokens: list[Tensor] = []
-        # Weights that cannot be read where they are are copied at each step.
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        # Activations that are kept in 16 bits, by where they start.
-        self._narrow: dict[int, torch.dtype] = {}
         # What the model's layers hand to each other: the dtype of norms.
         self._between = torch.float32
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._done: torch.cuda.Event | None = None
-        self._choosers: dict[Choice, Chooser] = {}
         self._overlap = (
             OVERLAP and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         )
@@ -232,83 +209,6 @@ class GpuPlan(KeepingPlan):
         last.args.update(z=z, z_pitch=z.pitch)
         return self._postpone(y, _Norm(x, weight, eps, n_groups))
 
-    def load(self, states: list[Tensor]) -> None:
-        """Take over states, in the order of the stages that have one; they are not changed."""
-        with self._here():
-            self._finish()
-            self._wait()
-            if states:
-                torch._foreach_copy_(self._states, states)
-            self.release()
-
-    def advance(self, inputs: list[Tensor]) -> None:
-        """Run every stage, from the states that the last one left."""
-        places = [*self._tokens, *map(self._view, self._inputs)]
-        with self._here():
-            self._wait()
-            for place, x in zip(places, inputs, strict=True):
-                place.copy_(x)
-            self._step()
-            self.release()
-
-    @property
-    def chooses(self) -> bool:
-        """Whether tokens are all it takes."""
-        return len(self._tokens) == 1 and not self._inputs
-
-    def choose(
-        self,
-        token: Tensor,
-        n: int,
-        choice: Choice,
-        noise: Tensor | None,
-        logits: Callable[[], Tensor],
-    ) -> Tensor:
-        """Run every stage n times, and choose a token after each; see `Chooser`."""
-        (place,) = self._tokens
-        with self._here():
-            self._wait()
-            place.copy_(token)
-            # The last used is the last.
-            chooser = self._choosers.pop(choice, None) or Chooser(place, self._graph)
-            self._choosers[choice] = chooser
-            if len(self._choosers) > MOST_CHOOSERS:
-                del self._choosers[next(iter(self._choosers))]
-            chooser.begin(n, noise)
-            for _ in range(n):
-                self._step()
-                chooser.go(choice, logits)
-            found = chooser.tokens[:n].clone()
-            self.release()
-        return found
-
-    def _step(self) -> None:
-        """Run every stage once."""
-        if self._graph is None:
-            self._launch_all()
-        else:
-            self._graph.replay()
-
-    def states(self) -> list[Tensor]:
-        """Copies of the states."""
-        copies = [torch.empty_like(T) for T in self._states]
-        if copies:
-            with self._here():
-                self._wait()
-                torch._foreach_copy_(copies, self._states)
-                self.release()
-        return copies
-
-    def release(self) -> None:
-        """Whoever uses the plan next, on whichever stream, waits for what is on this one."""
-        if self._done is not None:
-            self._done.record(torch.cuda.current_stream(self.device))
-
-    def _wait(self) -> None:
-        """The last use may have been on another stream."""
-        if self._done is not None:
-            self._done.wait(torch.cuda.current_stream(self.device))
-
     def _selective(self, x: Rows, dt: Rows, B: Rows, C: Rows) -> dict[str, Any] | None:
         """What a scan takes if it makes dt itself and adds up what the convolution found.
 
@@ -402,7 +302,7 @@ class GpuPlan(KeepingPlan):
         # The first kernel has none before it.
         overlap = self._overlap and bool(self._launches)
         args |= {"PDL": self._overlap, **({"launch_pdl": True} if overlap else {})}
-        self._launches.append(_Launch(what, grid, args))
+        self._launches.append(Launch(what, grid, args))
         self.kernels += 1
 
     def _overwrite(self, y: Rows) -> None:
@@ -445,69 +345,16 @@ class GpuPlan(KeepingPlan):
             else:
                 self._launch_linear(stage, first)
 
-    def _finish(self) -> None:
-        """Make the workspace and, on a GPU, the graph."""
-        if self._workspace.numel():
-            return
+    def _complete(self) -> None:
+        """Append what still waits."""
         for y in list(self._later):
             self._now(y)
-        with torch.inference_mode(False):
-            self._workspace = torch.zeros(self._size, device=self.device)
-        if self.device.type == "cuda":
-            self._capture()
-
-    @contextmanager
-    def _here(self) -> Iterator[None]:
-        """On the plan's device, without gradients."""
-        cuda = self.device.type == "cuda"
-        with torch.no_grad(), torch.cuda.device(self.device) if cuda else nullcontext():
-            yield
-
-    def _capture(self) -> None:
-        """Launch everything once, which compiles it, and once more into the graph."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._launch_all()
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
-        with recorded(self._graph, side):
-            self._launch_all()
-        # The graph knows addresses; a model that moves away must not be kept here.
-        self._launches.clear()
-        self._copies = [(copy, copy) for copy, _ in self._copies]
-
-    def _launch_all(self) -> None:
-        """Launch every kernel."""
-        for copy, T in self._copies:
-            copy.copy_(T)
-        for what, grid, args in self._launches:
-            what[grid](**{k: self._view(v) if isinstance(v, Rows) else v for k, v in args.items()})
 
     def _factors(self) -> Any:
         """What tensor cores multiply: what the model's layers hand to each other."""
         # Triton's interpreter has no products of bfloat16.
         numbers = self._between if self.device.type == "cuda" else torch.float32
         return getattr(tl, str(numbers).removeprefix("torch."))
-
-    def _view(self, rows: Rows) -> Tensor:
-        """An activation in the workspace."""
-        if rows.start not in self._narrow:
-            return super()._view(rows)
-        narrow = self._workspace.view(self._narrow[rows.start])
-        return narrow.as_strided((self.batch, rows.width), (rows.pitch, 1), 2 * rows.start)
-
-    def _state(self, *shape: int) -> Tensor:
-        """A state (b, ...) of the stage that is about to be launched."""
-        self._states.append(torch.zeros(self.batch, *shape, device=self.device))
-        return self._states[-1]
-
-    def _readable(self, T: Tensor | None) -> Tensor | None:
-        """The numbers of T, contiguous."""
-        if T is None or T.is_contiguous():
-            return None if T is None else T.detach()
-        self._copies.append((torch.empty(T.shape, dtype=T.dtype, device=T.device), T.detach()))
-        return self._copies[-1][0]
 
 
 def _within(rows: Rows, y: Rows) -> bool:

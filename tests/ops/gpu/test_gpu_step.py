@@ -18,6 +18,7 @@ from tests.helpers import assert_near
 pytest.importorskip("triton")
 
 from mambapy.ops.gpu import choose, step
+from mambapy.ops.gpu.launched_plan import MOST_CHOOSERS
 from mambapy.ops.gpu.step import GpuPlan
 
 CUDA = torch.cuda.is_available()
@@ -286,7 +287,7 @@ def test_a_stream_notices_that_its_model_has_changed(planned_on_gpu, monkeypatch
 def test_a_plan_keeps_few_ways_to_choose(planned_on_gpu):
     lm = away_from_the_start(mamba())
     ids = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
-    for k in range(1, step.MOST_CHOOSERS + 3):
+    for k in range(1, MOST_CHOOSERS + 3):
         generate_tokens(lm, ids, num_tokens=2, top_k=k)
     (planned,) = lm._plans.values()
     assert [choice.top_k for choice in planned.plan._choosers] == [3, 4, 5, 6]
