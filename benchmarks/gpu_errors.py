@@ -8,6 +8,7 @@ dtype. In 16 bits the inputs are rounded before either calculates.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -57,11 +58,41 @@ def convolutions(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors
         yield "causal_conv1d", run, {name: T.to(device) for name, T in args.items()}
 
 
+def mixers(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
+    """conv_and_gate and the scan behind it, as a block runs them: one gradient for x and z."""
+    for l in LENGTHS:
+        b, e, n = 2, 64, 16
+        draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+        args = {
+            "xz": draw(b, l, 2 * e),
+            "dt": draw(b, l, e),
+            "B": draw(b, l, n),
+            "C": draw(b, l, n),
+        }
+        args |= {"weight": draw(e, 4), "bias": draw(e), "A": -4 * torch.rand(e, n, device=device)}
+
+        def run(backend: str, **args: Any) -> dict[str, Tensor]:
+            taps = args.pop("weight"), args.pop("bias")
+            options = {"activation": "silu", "backend": backend}
+            x, again, z = ops.conv_and_gate(args.pop("xz"), *taps, **options)
+            options = {"dt_softplus": True, "backend": backend}
+            return {"y": ops.selective_scan(x, z=z, **args, **options), "conv": again}
+
+        yield "conv_and_gate, selective_scan", run, args
+
+
 def norms(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
     """rms_norm."""
     for l, d in product(LENGTHS, (24, 768, 2560)):
         args = {"x": torch.randn(2, l, d, device=device), "weight": torch.randn(d, device=device)}
         yield "rms_norm", lambda **args: {"y": ops.rms_norm(**args)}, args
+        # The residual stream is in float32, as in training.
+        added = {**args, "residual": torch.randn(2, l, d, device=device)}
+        yield "add_rms_norm", _sum_and_norm, added
+
+
+def _sum_and_norm(**args: Any) -> dict[str, Tensor]:
+    return dict(zip(("y", "s"), ops.add_rms_norm(**args), strict=True))
 
 
 def losses(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
@@ -94,23 +125,23 @@ def results(run: Callable[..., dict[str, Tensor]], args: Tensors, backend: str) 
 def errors(device: str, backend: str) -> dict[str, dict[str, dict[str, float]]]:
     """The largest error of each tensor, by op and dtype."""
     worst: dict[str, dict[str, dict[str, float]]] = {}
-    for dtype, make in product(DTYPES, (scans, convolutions, norms, losses)):
+    for dtype, make in product(DTYPES, (scans, convolutions, mixers, norms, losses)):
         for op, run, args in make(device):
             # What belongs to a model and not to a token stays in float32, as in training.
-            given = {k: T.to(dtype) if _is_activation(op, k, T) else T for k, T in args.items()}
+            given = {k: T.to(dtype) if _is_activation(k, T) else T for k, T in args.items()}
             wide = {k: T.double() if T.is_floating_point() else T for k, T in given.items()}
             kind = "auto" if op == "linear_cross_entropy" else backend
             found, exact = results(run, given, kind), results(run, wide, "reference")
             into = worst.setdefault(op, {}).setdefault(str(dtype).removeprefix("torch."), {})
             for name, T in exact.items():
                 error = float((found[name] - T).abs().max() / T.abs().max().clamp(min=1e-30))
-                into[name] = max(into.get(name, 0.0), error)
+                into[name] = max(into.get(name, 0.0), math.inf if math.isnan(error) else error)
     return worst
 
 
-def _is_activation(op: str, name: str, T: Tensor) -> bool:
+def _is_activation(name: str, T: Tensor) -> bool:
     """Whether a tensor has a row for each token."""
-    return name in ("x", "dt", "B", "C", "z") and T.is_floating_point()
+    return name in ("x", "dt", "B", "C", "z", "xz") and T.is_floating_point()
 
 
 def main() -> None:

@@ -218,7 +218,9 @@ class Decoder:
         seen = plan.look(output)
         result = self._model.step_output(seen)
         # Most often that was a conversion, and so a copy already.
-        return result.clone() if result.data_ptr() == seen.data_ptr() else result
+        result = result.clone() if result.data_ptr() == seen.data_ptr() else result
+        plan.release()
+        return result
 
     def choose(self, token: Tensor, n: int, choice: Choice, noise: Tensor | None) -> Tensor | None:
         """The next n tokens, where a plan can choose them itself: each follows the one before.

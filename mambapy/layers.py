@@ -195,11 +195,14 @@ class DtProjection(WideParameters, nn.Linear):
 def is_plain(layer: nn.Module, kind: type[K]) -> TypeGuard[K]:
     """Whether reading a layer's weight gives what calling it would.
 
-    Not so for a hooked, adapted (LoRA), quantised or parametrised layer. Every fast path that reads
-    weights asks here first.
+    Not so for a hooked, patched, adapted (LoRA), quantised or parametrised layer. Every fast path
+    that reads weights asks here first.
     """
-    patched = "forward" in layer.__dict__ or layer._compiled_call_impl is not None
-    return type(layer) is kind and not patched and not any(hook_tables(layer))
+    if type(layer) is not kind or "forward" in layer.__dict__:
+        return False
+    # Libraries that bring kernels of their own put them in the class.
+    is_own = getattr(kind.forward, "__qualname__", "") == f"{kind.__qualname__}.forward"
+    return is_own and layer._compiled_call_impl is None and not any(hook_tables(layer))
 
 
 def taps(conv: nn.Module) -> tuple[Tensor, Tensor | None]:

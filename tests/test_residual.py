@@ -120,6 +120,22 @@ def test_hooks_and_replaced_parts_are_called(fused):
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("kind", [RMSNorm, ResidualBlock])
+def test_a_patched_class_is_called(kind, monkeypatch):
+    """As libraries do that bring kernels of their own."""
+    x, calls = torch.randn(2, 5, 16), []
+    model = make("mamba")
+    expected, original = model(x), kind.forward
+
+    def theirs(self, *args):
+        calls.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(kind, "forward", theirs)
+    assert torch.equal(model(x), expected)
+    assert len(calls) == len(model.layers)
+
+
 def test_a_compiled_block_is_called():
     model = make("mamba")
     calls = []

@@ -47,6 +47,7 @@ def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
     _check_writable(Path(options.out))
     found: list[records.Record] = []
     result: dict[str, Any] = {}
+    unfinished = options.path.with_suffix(".unfinished")
     with Session(options, libraries) as session:
         wanted = dict.fromkeys(name for case in chosen for name in case.contestants)
         session.left_out += [
@@ -60,24 +61,22 @@ def bench(options: Options, write: Write | None = None) -> dict[str, Any]:
             for record in session.measure(case):
                 found.append(record)
                 table.row(record)
-            # Each time: whoever stops it keeps what was measured.
-            result = _result(options, session, found, complete=case is chosen[-1])
-            _save(options.path, result)
+            # Whoever stops it keeps what was measured, and the record of the last whole run.
+            result = _result(options, session, found)
+            _save(unfinished, result)
+    unfinished.replace(options.path)
     for line in session.left_out:
         table.write("left out: " + ", ".join(line.values()))
     table.write(f"written: {options.path}")
     return result
 
 
-def _result(
-    options: Options, session: "Session", found: list[records.Record], *, complete: bool
-) -> dict[str, Any]:
+def _result(options: Options, session: "Session", found: list[records.Record]) -> dict[str, Any]:
     """What the file holds."""
     return {
         "kind": options.kind,
         "command": options.command,
         "date": datetime.date.today().isoformat(),
-        "complete": complete,
         "machine": machine.facts(session.facts.get("threads"), session.facts.get("gpu"))
         | session.card,
         "versions": {**session.libraries.versions},

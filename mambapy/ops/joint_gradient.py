@@ -25,7 +25,10 @@ def conv_and_gate(
 
     Only for a xz with a gradient, outside of torch.compile and torch.func.
     """
-    return _ConvAndGate.apply(xz, weight, bias, seq_idx, activation == "silu")
+    y, again, z = _ConvAndGate.apply(xz, weight, bias, seq_idx, activation == "silu")
+    # For the scan, which makes room for both gradients where it finds this.
+    z.mambapy_is_half = True
+    return y, again, z
 
 
 class _ConvAndGate(torch.autograd.Function):

@@ -113,6 +113,8 @@ def _(
 
 def _scan_setup(ctx, inputs, output):
     *tensors, ctx.dt_softplus, ctx.save, ctx.reverse = inputs
+    # `joint_gradient` has made it, and waits for its gradient.
+    ctx.is_half = getattr(tensors[6], "mambapy_is_half", False)
     ctx.save_for_backward(output[2], *tensors)
     ctx.set_materialize_grads(False)
 
@@ -141,7 +143,7 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
     if grad_y is None:
         grad_y = torch.zeros_like(tensors[0])
     options = ctx.dt_softplus, ctx.reverse
-    grad_z = beside_a_gap(tensors[6])
+    grad_z = beside_a_gap(tensors[6]) if ctx.is_half else None
     if grad_z is not None:
         backward = kernels("selective_scan", grad_y).backward
         grads = backward(grad_y, grad_last, starts, *tensors, *options, grad_z=grad_z)
@@ -151,9 +153,9 @@ def _scan_gradient(ctx, grad_y, grad_last, grad_starts):
 
 
 def beside_a_gap(z: Tensor | None) -> Tensor | None:
-    """Where the gradient of a gate goes that is the second half of wider rows, on a GPU.
+    """Where the gradient of a gate of `joint_gradient` goes, on a GPU: half of wider rows.
 
-    It is the second half of such rows as well, and `joint_gradient` fills the first.
+    The scan fills the second half, the convolution the first.
     """
     if z is None or not is_on_gpu(z) or is_traced():
         return None

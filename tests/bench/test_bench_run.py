@@ -33,10 +33,9 @@ FIGURES = {"median_s", "q1_s", "q3_s", "rounds", "peak_bytes", "process_bytes"}
 def check(result, kind, names):
     """The file's form, as the plots and README rely on it."""
     assert [*result] == [
-        "kind", "command", "date", "complete", "machine", "versions", "left_out", "cases",
+        "kind", "command", "date", "machine", "versions", "left_out", "cases",
     ]  # fmt: skip
     assert result["kind"] == kind
-    assert result["complete"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
     assert {*result["machine"]} == {"cpu", "cores", "threads", "memory_bytes", "os", "gpu"}
     assert {"python", "mambapy", "torch"} <= {*result["versions"]}
@@ -191,7 +190,7 @@ def test_part_of_the_cases_is_a_file_of_its_own(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_interrupted_it_says_so(tmp_path):
+def test_interrupted_it_leaves_no_record(tmp_path):
     command = [sys.executable, "-m", "mambapy.cli", "bench", "block", "--quick"]
     with subprocess.Popen(
         [*command, "--contestants", "floor", "--out", str(tmp_path)],
@@ -204,11 +203,12 @@ def test_interrupted_it_says_so(tmp_path):
         err = process.communicate(timeout=60)[1]
     assert process.returncode == 130, err
     assert err == "\nmambapy: interrupted\n"
-    assert not any(json.loads(path.read_text())["complete"] for path in tmp_path.iterdir())
+    assert [*tmp_path.glob("*.json")] == []
 
 
 def test_stopped_it_keeps_what_was_measured(tmp_path):
     options = Options(kind="block", quick=True, contestants="floor", out=str(tmp_path), threads=1)
+    options.path.write_text("the last whole run")
     rows = []
 
     def stop_later(line):
@@ -219,9 +219,11 @@ def test_stopped_it_keeps_what_was_measured(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         bench(options, stop_later)
-    result = json.loads(options.path.read_text())
-    assert not result["complete"]
+    result = json.loads(options.path.with_suffix(".unfinished").read_text())
     assert [record["pass"] for record in result["cases"]] == ["forward", "training"]
+    assert options.path.read_text() == "the last whole run"
+    bench(options)
+    assert [*tmp_path.iterdir()] == [options.path]
 
 
 def test_the_python_call(tmp_path):

@@ -31,6 +31,7 @@ def write(name: str, data: bytes) -> None:
     place = folder()
     if place is None:
         return
+    partial = None
     try:
         place.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=place)
@@ -38,5 +39,6 @@ def write(name: str, data: bytes) -> None:
             file.write(data + hashlib.sha256(data).digest())
         Path(partial).replace(place / name)
     except OSError:
-        # A read-only home: it is found out anew in each process.
-        return
+        # A read-only home or a full disk: it is found out anew in each process.
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)

@@ -49,8 +49,8 @@ def forward(
             "scan_forward", (b, l, e, n),
             lambda lanes: forward(
                 x, dt, A, B, C, D, z, dt_bias=dt_bias, dt_softplus=dt_softplus, state=state,
-                seq_idx=seq_idx, reverse=reverse, save=save, out=y, lanes=lanes,
-            ),
+                seq_idx=seq_idx, reverse=reverse, save=save, lanes=lanes,
+            ),  # not to `out`, which may be one of the arguments
             X=x, DT=dt, B=B, C=C, Z=x if z is None else z, Y=y,
         )  # fmt: skip
     last = empty(b, e, n)

@@ -3,8 +3,8 @@
     tune    the context in which candidates are measured
     best    the division for a kernel and its sizes: measured earlier, or now, or the rule's
 
-What was measured is kept on disk for each kind of card and used from then on. Another division adds
-in another order: results may differ in their last digits.
+What was measured is kept on disk, a file for each kind of card, kernel and sizes, and used from
+then on. Another division adds in another order: results may differ in their last digits.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from mambapy.ops.gpu import cuda, disk
 D = TypeVar("D", bound=Any)  # a dataclass
 # Timed runs of a candidate, after one that compiles it.
 RUNS = 5
-# What this process knows of a kernel, sizes and device; None: nothing was measured.
+# What is known of a kernel, sizes and device; None: nothing was measured.
 _choices: dict[tuple[Any, ...], Any] = {}
 # Until when candidates are measured, seconds of `time.monotonic`.
 _until = 0.0
@@ -76,15 +77,18 @@ def best(
     """
     key = (kernel, sizes, device)
     if key not in _choices:
-        _choices[key] = _read(_file(device)).get(str(key[:2]))
-    measured: dict[str, Any] | None = _choices[key]
-    if measured is None:
-        if time.monotonic() >= _until or torch.cuda.is_current_stream_capturing():
-            return default
-        measured = _choices[key] = asdict(_fastest(default, candidates, run, device))
-        kept = _read(_file(device)) | {str(key[:2]): measured}
-        disk.write(_file(device), json.dumps(kept).encode())
-    return type(default)(**measured)
+        kept = disk.read(_file(*key))
+        _choices[key] = None if kept is None else type(default)(**json.loads(kept))
+    known: D | None = _choices[key]
+    if known is not None:
+        return known
+    if time.monotonic() >= _until or torch.cuda.is_current_stream_capturing():
+        return default
+    found, all_were_tried = _fastest(default, candidates, run, device)
+    if all_were_tried:
+        _choices[key] = found
+        disk.write(_file(*key), json.dumps(asdict(found)).encode())
+    return found
 
 
 def _fastest(
@@ -92,17 +96,17 @@ def _fastest(
     candidates: Callable[[D], Iterable[D]],
     run: Callable[[D], Any],
     device: torch.device,
-) -> D:
-    """The fastest of those that can be measured in half of the time that is left."""
+) -> tuple[D, bool]:
+    """The fastest of those that fit into half of the time that is left; whether all did."""
     now = time.monotonic()
     end = now + (_until - now) / 2
     times = {default: _milliseconds(default, run, device)}
-    for candidate in candidates(default):
+    others = [candidate for candidate in candidates(default) if candidate != default]
+    for candidate in others:
         if time.monotonic() >= end:
             break
-        if candidate not in times:
-            times[candidate] = _milliseconds(candidate, run, device)
-    return min(times, key=lambda candidate: times[candidate])
+        times[candidate] = _milliseconds(candidate, run, device)
+    return min(times, key=lambda candidate: times[candidate]), len(times) > len(others)
 
 
 def _milliseconds(candidate: D, run: Callable[[D], Any], device: torch.device) -> float:
@@ -123,16 +127,16 @@ def _milliseconds(candidate: D, run: Callable[[D], Any], device: torch.device) -
     return statistics.median(times)
 
 
-@cache
-def _file(device: torch.device) -> str:
-    """Where the choices for such a card are kept; those for other kernels are elsewhere."""
+def _file(kernel: str, sizes: tuple[Any, ...], device: torch.device) -> str:
+    """Where the choice is kept; what was chosen for other kernels is elsewhere."""
     card = torch.cuda.get_device_properties(device).name
-    sources = b"".join(path.read_bytes() for path in sorted(cuda.SOURCES.iterdir()))
     readable = "".join(c if c.isalnum() else "-" for c in card)
-    return f"tuned-{readable}-{hashlib.sha256(sources).hexdigest()[:12]}.json"
+    key = hashlib.sha256(f"{_sources()} {kernel} {sizes}".encode()).hexdigest()
+    return f"tuned-{readable}-{kernel}-{key[:16]}.json"
 
 
-def _read(file: str) -> dict[str, Any]:
-    """The choices that are kept in a file."""
-    kept = disk.read(file)
-    return {} if kept is None else json.loads(kept)
+@cache
+def _sources() -> str:
+    """What the kernels are, and how their work can be divided."""
+    files = [*sorted(cuda.SOURCES.iterdir()), Path(__file__).with_name("lanes.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

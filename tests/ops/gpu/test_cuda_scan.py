@@ -4,7 +4,9 @@ CPU (emulator.py). Both against the reference in float64."""
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -468,6 +470,43 @@ def test_what_is_tried_holds_as_many_states(rule):
         assert 1 <= lanes.segments <= 7
 
 
+def test_what_is_tuned_may_write_over_its_arguments(untuned, monkeypatch):
+    args = drawn(40, 16)
+    expected, *_ = selective_scan.forward(**args, dt_softplus=True)
+    tried(monkeypatch, lambda lanes: lanes.warps)
+    with ops.tune(1000):
+        y, *_ = selective_scan.forward(**args, dt_softplus=True, out=args["dt"])
+    assert y is args["dt"]
+    assert_near(y, expected, 1e-6)
+
+
+def test_processes_that_tune_at_once_keep_what_each_has_found(untuned, monkeypatch):
+    tried(monkeypatch, lambda lanes: lanes.warps)
+    monkeypatch.setattr(divisions, "others", lambda rule, **_: [])
+    lengths = 40, 300
+    for length in lengths:
+        with ops.tune():
+            selective_scan.forward(**drawn(length, 16))
+    monkeypatch.setattr(tuning, "_choices", {})
+    seen = tried(monkeypatch, lambda lanes: lanes.warps)
+    for length in lengths:
+        with ops.tune():
+            selective_scan.forward(**drawn(length, 16))
+    assert not seen
+
+
+def test_a_full_disk_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("MAMBAPY_CACHE", str(tmp_path))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "replace", full)
+    disk.write("name", b"data")
+    assert [*(tmp_path / "mambapy").iterdir()] == []
+    assert disk.read("name") is None
+
+
 def test_tuning_ends_in_time(untuned, monkeypatch):
     args = drawn(40, 16)
     clock = [100.0]
@@ -477,6 +516,10 @@ def test_tuning_ends_in_time(untuned, monkeypatch):
         selective_scan.forward(**args)
     # Half of the time is for others.
     assert len(seen) == 4
+    # Not all were tried, so it is not taken for the fastest another time.
+    with ops.tune(20):
+        selective_scan.forward(**args)
+    assert len(seen) == 8
     with pytest.raises(ConfigError, match="positive"), ops.tune(0):
         pass
 

@@ -259,5 +259,11 @@ def test_one_gradient_for_a_mixers_halves(device, how):
             assert_near(got, want, 1e-5)
     assert torch.equal(first[0], kept)
     assert all(seen)
+    # The scan alone makes no room that nobody fills.
+    x, z = (T.detach().requires_grad_() for T in xz.chunk(2, dim=-1))
+    room = []
+    z.register_hook(lambda grad: room.append(grad.untyped_storage().nbytes()))
+    ops.selective_scan(x, dt, A, B, C, None, z, dt_softplus=True).sum().backward()
+    assert room == [z.nelement() * 4]
     # A gradient that somebody has added to, or that is none of the scan's, is copied.
     assert copies == [how in ("twice", "alone", "no scan")] * 2
