@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make check  format, lint, types, imports
 # make bench  time and memory beside the floor, mamba.py and transformers: half an hour
+# make bench-gpu  the same on an NVIDIA GPU, and the errors of its kernels: a quarter of an hour
 # A second make reuses the virtual environment.
 
 PYTHON ?= python3
@@ -11,9 +12,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 RUN ?= runs/demo
 DATA ?=
 BENCH ?=
+GPU ?= h100
 RIVALS := $(VENV)/rivals
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-gpu format clean
 
 demo: $(VENV)/installed
 	$(BIN)/mambapy train --out $(RUN) --minutes 3 --overwrite $(if $(DATA),--data $(DATA))
@@ -36,6 +38,14 @@ bench: $(VENV)/installed-dev $(RIVALS)
 	$(BIN)/mambapy bench train --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench decode --mamba-py $(RIVALS) $(BENCH)
 	$(BIN)/mambapy bench plot
+
+# With the Python whose torch has CUDA, not with .venv.
+bench-gpu:
+	test -d $(RIVALS) || $(PYTHON) -m pip install --quiet --no-deps --target $(RIVALS) mambapy==1.2.0
+	for kind in scan block train decode; do $(PYTHON) -m mambapy.cli bench $$kind --device cuda \
+		--mamba-py $(RIVALS) --out benchmarks/results/$(GPU) || exit; done
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_errors.py --out benchmarks/results/$(GPU)
+	$(PYTHON) -m mambapy.cli bench plot --results benchmarks/results/$(GPU) --out benchmarks/plots/$(GPU)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

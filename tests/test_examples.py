@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mambapy.config import MODEL_TYPES
+from mambapy.lm import LM
+from mambapy.train import TrainConfig
+
 pytest.importorskip("matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -120,3 +124,10 @@ def test_cryptomamba_on_files_of_its_kind(tmp_path, capsys):
     torch.save({"state_dict": weights | {"model.more": torch.ones(1)}}, tmp_path / "cmamba_v.ckpt")
     with pytest.raises(RuntimeError, match="more"):
         crypto.main([str(tmp_path)])
+
+
+def test_the_settings_for_a_gpu():
+    config = TrainConfig.from_toml(str(EXAMPLES / "gpu_130m.toml"))
+    with torch.device("meta"):
+        model = LM(MODEL_TYPES[config.model](**config.sizes), 50277)
+    assert 129e6 < sum(P.numel() for P in model.parameters()) < 130e6
