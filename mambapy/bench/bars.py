@@ -9,7 +9,7 @@ Record = dict[str, Any]
 
 
 def bars(result: dict[str, Any]) -> Any | None:
-    """A figure with a panel for each pass, of the last and so the largest case.
+    """A figure with a panel for each pass, a row of them for each case.
 
     Args:
         result: what a file of results holds.
@@ -19,27 +19,42 @@ def bars(result: dict[str, Any]) -> Any | None:
     """
     from matplotlib.figure import Figure
 
-    records = {record["pass"]: record for record in result["cases"]}
-    names = [n for n in STYLES if n != "floor" and _any_has(records.values(), n)]
+    records = result["cases"]
+    names = [n for n in STYLES if n != "floor" and _any_has(records, n)]
     if not names:
         return None
-    panels = [(f"{pass_}: tokens a second", _speed, record) for pass_, record in records.items()]
-    if "step" in records and _any_has(records.values(), names[0], "process_bytes"):
-        panels.append(("memory of the process", _memory, records["step"]))
-    figure = Figure(figsize=(4.4 * max(2, len(panels)) + 1.2, 0.42 * len(names) + 1.9))
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)
-    for axes, (label, draw, record) in zip(grid[0], panels, strict=True):
-        draw(axes, names, record)
-        axes.set_xlabel(label)
-        axes.set_yticks(range(len(names)), [STYLES[name][2] for name in names])
-        axes.set_ylim(len(names) - 0.4, -0.9)
-        clean(axes)
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0, labelsize=9.5)
-    share = "of the floor, or of the memory's bandwidth" if "decode" in records else "of the floor"
+    rows = [_panels(records, name, names[0]) for name in dict.fromkeys(r["name"] for r in records)]
+    width, height = len(rows[0]), 0.42 * len(names) + 1.1
+    figure = Figure(figsize=(4.4 * max(2, width) + 1.2, height * len(rows) + 0.8))
+    grid = figure.subplots(len(rows), width, squeeze=False, sharey=True)
+    for line, panels in zip(grid, rows, strict=True):
+        for axes, (label, draw, record) in zip(line, panels, strict=True):
+            draw(axes, names, record)
+            axes.set_xlabel(label if len(rows) == 1 else f"{label}\n{_model(record)}")
+            axes.set_yticks(range(len(names)), [STYLES[name][2] for name in names])
+            axes.set_ylim(len(names) - 0.4, -0.9)
+            clean(axes)
+            axes.spines["left"].set_visible(False)
+            axes.tick_params(axis="y", length=0, labelsize=9.5)
+    decoded = any(record["pass"] == "decode" for record in records)
+    share = "of the floor, or of the memory's bandwidth" if decoded else "of the floor"
     notes = f"median, whiskers: quartiles; in brackets: share {share}"
-    frame(figure, result, _title(result, next(iter(records.values()))), notes, legend=False)
+    title = _what(result, records[0])
+    if len(rows) == 1:
+        title += f": {_model(records[0])}"
+    frame(figure, result, title, notes, legend=False)
     return figure
+
+
+def _panels(records: Sequence[Record], case: str, first: str) -> list[tuple[str, Any, Record]]:
+    """What is drawn of a case: label, function and record of each panel."""
+    mine = [record for record in records if record["name"] == case]
+    panels: list[tuple[str, Any, Record]] = []
+    panels += [(f"{record['pass']}: tokens a second", _speed, record) for record in mine]
+    steps = [record for record in mine if record["pass"] == "step"]
+    if _any_has(steps, first, "process_bytes"):
+        panels += [("memory of the process", _memory, record) for record in steps]
+    return panels
 
 
 def _any_has(records: Any, name: str, field: str = "median_s") -> bool:
@@ -47,13 +62,18 @@ def _any_has(records: Any, name: str, field: str = "median_s") -> bool:
     return any(record["contestants"].get(name, {}).get(field) for record in records)
 
 
-def _title(result: dict[str, Any], record: Record) -> str:
-    """What was done, and with what model."""
+def _what(result: dict[str, Any], record: Record) -> str:
+    """What was done."""
     batch, length = record["batch"], record["length"]
-    what = f"Reading {length} tokens, then writing {record.get('tokens')}"
     if result["kind"] == "train":
-        what = f"Training on {batch} x {length} tokens a step"
-    return f"{what}: {record['n_layers']} layers, d_model {record['d_model']}"
+        return f"Training on {batch} x {length} tokens a step"
+    return f"Reading {length} tokens, then writing {record.get('tokens')}"
+
+
+def _model(record: Record) -> str:
+    """With what model, and how many rows where that is not one."""
+    batch = f"batch {record['batch']}, " if record["batch"] > 1 and "tokens" in record else ""
+    return f"{batch}{record['n_layers']} layers, d_model {record['d_model']}"
 
 
 def _speed(axes: Any, names: Sequence[str], record: Record) -> None:

@@ -58,14 +58,15 @@ def add_bandwidth(
     Args:
         record: of the pass "decode"; it is added to.
         bytes_per_s: bandwidth of the memory, measured in the same run.
-        tokens: how many the pass decodes.
+        tokens: how many the pass decodes, of each row of the batch.
         facts: `weight_bytes` of each contestant.
     """
     record["bandwidth_bytes_per_s"] = bytes_per_s
     for name, found in record["contestants"].items():
         weight_bytes = facts[name]["weight_bytes"]
         found["weight_bytes"] = weight_bytes
-        found["bandwidth_fraction"] = weight_bytes * found["tokens_per_s"] / bytes_per_s
+        steps_per_s = found["tokens_per_s"] / record["batch"]
+        found["bandwidth_fraction"] = weight_bytes * steps_per_s / bytes_per_s
     first = ("mambapy float32", "mamba2", "mambapy")
     whole = [name for name in first if name in record["contestants"]]
     if whole:
@@ -78,7 +79,7 @@ def add_bandwidth(
             "rounds": 0,
             "peak_bytes": None,
             "process_bytes": None,
-            "tokens_per_s": bytes_per_s / weight_bytes,
+            "tokens_per_s": record["batch"] * bytes_per_s / weight_bytes,
             "weight_bytes": weight_bytes,
             "bandwidth_fraction": 1.0,
         }

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mambapy.bench import cases, curves, plot, style, table
+from mambapy.bench import bars, cases, curves, plot, style, table
 from mambapy.cli import main
 from mambapy.errors import DataError, MissingExtraError
 from tests.bench.conftest import figures, result
@@ -53,6 +53,20 @@ def test_draws_from_the_files(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == expected
     for path in (tmp_path / "p").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_of_every_case():
+    one, two = speeds("decode", ["prefill", "decode"]), speeds("decode", ["prefill", "decode"])
+    figure = bars.bars(one)
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == ["prefill: tokens a second", "decode: tokens a second"]
+    for record in two["cases"]:
+        record |= {"name": "another", "batch": 64, "n_layers": 7}
+    figure = bars.bars({**one, "cases": one["cases"] + two["cases"]})
+    labels = [axes.get_xlabel().split("\n") for axes in figure.axes]
+    assert [label[0].split(":")[0] for label in labels] == 2 * ["prefill", "decode"]
+    assert labels[0][1] == "24 layers, d_model 768"
+    assert labels[2][1] == labels[3][1] == "batch 64, 7 layers, d_model 768"
 
 
 def test_curves_hold_what_was_measured():

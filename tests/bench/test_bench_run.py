@@ -84,6 +84,15 @@ def test_quick_end_to_end(kind, tmp_path, capsys):
             assert floor["rounds"] == 0
 
 
+def test_a_step_reads_its_weights_once_for_all_rows():
+    record = {"batch": 64, "contestants": {"mambapy": {"tokens_per_s": 6400.0}}}
+    records.add_bandwidth(record, 1e9, 10, {"mambapy": {"weight_bytes": 5_000_000}})
+    floor, ours = record["contestants"].values()
+    assert floor["median_s"] == pytest.approx(0.05)
+    assert floor["tokens_per_s"] == pytest.approx(64 * 10 / 0.05)
+    assert ours["bandwidth_fraction"] == pytest.approx(0.5)
+
+
 def test_fresh_processes_measure_memory_beside_mamba_py(tmp_path, mamba_py):
     """Each contestant in a process of its own, the rival's with its own `mambapy`."""
     options = Options(kind="scan", out=str(tmp_path), threads=1)
