@@ -17,7 +17,7 @@ def _case(kind: str, sizes: dict[str, int], contestants: tuple[str, ...], **opti
 def _scan(b: int, l: int, e: int, n: int, *sweeps: str) -> Case:
     """A scan with all that belongs to it: skip, gate, bias and softplus."""
     sizes = {"batch": b, "length": l, "d_inner": e, "d_state": n, "fused": 1}
-    contestants = ("auto", "chunked", "pscan", "official", "mamba.py")
+    contestants = ("auto", "deterministic", "chunked", "pscan", "official", "mamba.py")
     return _case("scan", sizes, contestants, sweeps=sweeps, patience_s=60.0)
 
 

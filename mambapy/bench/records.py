@@ -117,7 +117,7 @@ def _tokens(case: Case, pass_: str) -> int | None:
 def _add_auto(record: Record, facts: Mapping[str, dict[str, Any]]) -> None:
     """Say which backend "auto" takes, and its time over that of the fastest named one."""
     found = record["contestants"]
-    others = ("auto", "mamba.py", "official")
+    others = ("auto", "deterministic", "mamba.py", "official")
     named = [found[name]["median_s"] for name in found if name not in others]
     if "auto" in found:
         record["auto_takes"] = facts["auto"][record["pass"]]

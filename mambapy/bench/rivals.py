@@ -53,6 +53,7 @@ WHO = {
         for weights in ("float32", "bfloat16", "int8")
     },
     **{name: Who("ours.py", {"backend": name}) for name in ("auto", "cpu", "chunked")},
+    "deterministic": Who("ours.py", {"backend": "auto", "deterministic": "yes"}),
     "pscan": Who("ours.py", {"backend": "pscan"}, copies=(4, 7, 4)),
     "reference": Who("ours.py", {"backend": "reference"}, copies=(0, 6, 5)),
     MAMBA_PY: Who("mamba_py.py", library=MAMBA_PY, copies=(7, 10, 5)),

@@ -21,6 +21,7 @@ STYLES = {
     "mambapy eager": (PINK, "D", "mambapy, without a graph"),
     "cpu": (INK, "x", "mambapy (cpu)"),
     "chunked": (SKY, "v", "mambapy (chunked)"),
+    "deterministic": (INK, "x", "mambapy (auto), deterministic"),
     "pscan": (ORANGE, "^", "mambapy (pscan)"),
     "reference": (PINK, "D", "mambapy (reference)"),
     "official": (GREEN, "P", "mamba_ssm"),

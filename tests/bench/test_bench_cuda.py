@@ -100,6 +100,16 @@ def test_a_fused_scan_is_the_same_for_all(mamba_py_scan):
     assert facts == {"forward": "cpu", "training": "cpu"}
 
 
+def test_the_deterministic_one_is_that():
+    options = {**rivals.WHO["deterministic"].options} | BF16
+    try:
+        passes, _ = work.build(ours, "scan", SCAN | {"fused": 1}, options, "cpu")
+        assert torch.are_deterministic_algorithms_enabled()
+        passes["training"]()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def mamba_py_scan(monkeypatch):
     """mamba.py's block: its scan alone, written as a loop in float32."""
