@@ -11,6 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def scans(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
     sizes = [(l, n) for l, n in product(LENGTHS, (16, 5, 64, 256)) if n == 16 or l in (1, 65, 1000)]
     for (l, n), reverse in product(sizes, (False, True)):
         b, e = 2, 200
-        draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+        draw = partial(torch.randn, device=device)
         args = {name: draw(b, l, e) for name in ("x", "dt", "z")}
         args |= {name: draw(b, l, n) for name in ("B", "C")}
         args |= {"A": -4 * torch.rand(e, n, device=device), "D": draw(e), "dt_bias": draw(e) - 3}
@@ -62,7 +63,7 @@ def mixers(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
     """conv_and_gate and the scan behind it, as a block runs them: one gradient for x and z."""
     for l in LENGTHS:
         b, e, n = 2, 64, 16
-        draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+        draw = partial(torch.randn, device=device)
         args = {
             "xz": draw(b, l, 2 * e),
             "dt": draw(b, l, e),
@@ -98,7 +99,7 @@ def _sum_and_norm(**args: Any) -> dict[str, Tensor]:
 def losses(device: str) -> Iterator[tuple[str, Callable[..., Any], Tensors]]:
     """linear_cross_entropy, of which no backend keeps all logits."""
     for l, v in product(LENGTHS, (50, 5000)):
-        draw = lambda *shape: torch.randn(*shape, device=device)  # noqa: E731
+        draw = partial(torch.randn, device=device)
         args = {"x": draw(2, l, 64), "weight": draw(v, 64) / 8}
         args["target"] = torch.randint(0, v, (2, l), device=device)
         yield (

@@ -182,7 +182,7 @@ class LM(FusedStep, Pretrained):
 
     @property
     def recompute(self) -> str:
-        """What the backward pass computes again: "none", "scan" or "block"; see `Stack`."""
+        """What the backward pass computes again: "none", "conv", "scan" or "block"; see `Stack`."""
         return self.backbone.recompute
 
     @recompute.setter

@@ -24,7 +24,7 @@ def rms_norm(
         weight: (d) or None.
         eps: added to the mean square, > 0.
         dtype: of y; x's without it.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "gpu" or "reference".
 
     Returns:
         y, of x's shape.

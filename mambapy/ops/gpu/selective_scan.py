@@ -116,15 +116,7 @@ def backward(
         )  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    # One distance of rows for all three: with more of them the kernel was a fifth slower.
-    if grad_z is None:
-        grad_x = torch.empty(b, l, e, dtype=x.dtype, device=x.device)
-        grad_dt = torch.empty(b, l, e, dtype=dt.dtype, device=x.device)
-        grad_z = None if z is None else torch.empty(b, l, e, dtype=z.dtype, device=x.device)
-    else:
-        grad_x, grad_dt = torch.empty(b, l, 2 * e, dtype=x.dtype, device=x.device).chunk(2, dim=-1)
-        if dt.dtype != x.dtype:
-            grad_dt = torch.empty(b, l, 2 * e, dtype=dt.dtype, device=x.device)[..., :e]
+    grad_x, grad_dt, grad_z = _room(x, dt, z, grad_z)
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
@@ -171,6 +163,26 @@ def backward(
         grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, originals, strict=True)
     ]
+
+
+def _room(
+    x: Tensor, dt: Tensor, z: Tensor | None, grad_z: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Room for the gradients to x, dt and z, (b, l, e) each; see `backward`.
+
+    All in rows of one distance: with more of them the kernel was a fifth slower.
+    """
+    b, l, e = x.shape
+
+    def make(width: int, like: Tensor) -> Tensor:
+        return torch.empty(b, l, width, dtype=like.dtype, device=x.device)
+
+    if grad_z is None:
+        return make(e, x), make(e, dt), None if z is None else make(e, z)
+    if dt.dtype != x.dtype:
+        return make(2 * e, x)[..., :e], make(2 * e, dt)[..., :e], grad_z
+    grad_x, grad_dt = make(2 * e, x).chunk(2, dim=-1)
+    return grad_x, grad_dt, grad_z
 
 
 def _carry(
