@@ -27,6 +27,7 @@ def backends_info(device: torch.device | str = "cpu") -> list[dict[str, Any]]:
         "ssd": (heads, dt, A[:2, 0], groups, groups),
         "mamba3_scan": (heads, dt, dt, dt, x[..., :1], rows, rows),
         "rms_norm": (x, weight[0]),
+        "add_rms_norm": (x, x, weight[0]),
         "gated_rms_norm": (x, x, weight[0]),
         "linear_cross_entropy": (x[0], weight, weight[0].long(), None),
         "model_step": (x[0], x.dtype),
