@@ -169,7 +169,7 @@ class TrainConfig:
 
     eval_interval: int = _setting(0, "steps between validations; 0: at most about 20", least=0)
     eval_tokens: int = _setting(32768, "held-out tokens in each of them", least=1)
-    save_interval: int = _setting(0, "steps between saves; 0: at each validation or 5 min", least=0)
+    save_interval: int = _setting(0, "steps between saves; 0: at validations, or 5 min", least=0)
     log_interval: int = _setting(1, "steps between lines of log.jsonl", least=1)
 
     plot: str = _setting(

@@ -1,6 +1,7 @@
 """What a finished run leaves to look at: loss.png, samples.txt, and experts.png of a Jamba."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mambapy.train.state import read_log
 
 # Longest prompt taken from the held-out text, in bytes.
 _PROMPT_BYTES = 120
+_LINE_END = re.compile(rb"\n(?:[ \t\r]*\n)*")
 
 
 def require_matplotlib() -> None:
@@ -127,13 +129,14 @@ def write_samples(
 
 
 def _prompts(data: Dataset, count: int) -> list[str]:
-    """The beginnings of lines spread over the held-out text, some lines each."""
+    """Lines spread over the held-out text, a few each; none begins with a blank line."""
     text = data.held_out_text()
     prompts = []
     for i in range(count):
-        start = text.find(b"\n", i * len(text) // count) + 1
+        end = _LINE_END.search(text, i * len(text) // count)
+        start = end.end() if end else 0
         piece = text[start : start + _PROMPT_BYTES] or text[:_PROMPT_BYTES]
         # Without the last line, which is cut.
-        end = piece.rfind(b"\n") + 1 or len(piece)
-        prompts.append(piece[:end].decode("utf-8", errors="ignore"))
+        whole = piece.rfind(b"\n") + 1 or len(piece)
+        prompts.append(piece[:whole].decode("utf-8", errors="ignore"))
     return prompts

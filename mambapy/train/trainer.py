@@ -23,15 +23,19 @@ from mambapy.train.schedule import lr_factor
 from mambapy.train.update import Update, autocast
 from mambapy.train.validation import bits_per_byte, nats
 
-# With `minutes`, that many steps are timed before the number of steps is planned; it is planned
-# again after these shares of the time, or of the steps, since a machine's speed changes.
+# The first steps compile and record. With `minutes`, that many after them are timed before the
+# number of steps is planned; it is planned again after these shares of the time, or of the steps,
+# since a machine's speed changes.
+FIRST_STEPS = 2
 CALIBRATION_STEPS = 10
 PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
-# With `eval_interval=0`, about that many validations in a run, or, with `minutes`, as many as take
-# that share of its time.
+# With `eval_interval=0`, about that many validations in a run; with `minutes`, at most that many,
+# and no more than take that share of its time.
 VALIDATIONS = 20
 VALIDATION_SHARE = 0.1
-# A run is saved at the latest after that long, whatever the settings.
+# With `save_interval=0`, a run is saved at validations, if saving takes no more than that share of
+# the time; and at the latest after that long, whatever the settings.
+SAVE_SHARE = 0.05
 SAVE_SECONDS = 300.0
 
 
@@ -51,8 +55,13 @@ class Trainer:
         )
         self.update = make_update(update, run.config, self._tell_of_graph)
         self._shown: dict[str, str] = {}
-        # Step and seconds at the last plan, or where this process took the run up.
-        self._mark = run.step, run.seconds
+        # Step and seconds at the last plan, or where this process took the run up; and the seconds
+        # since then that were not steps.
+        self._measure_from_here()
+        # How much longer the last validation is, which reads all of the held-out text.
+        self._whole = max(1.0, len(data.held_out) / run.config.eval_tokens)
+        # Seconds of the last validation and of the last save.
+        self._validation, self._save = run.reserve / self._whole, 0.0
 
     def fit(self, stop: "Stop") -> None:
         """Run to the end, or until a stop is asked for.
@@ -63,8 +72,8 @@ class Trainer:
         """
         run, config = self.run, self.config
         started = time.perf_counter() - run.seconds
-        saved = time.perf_counter()
-        self._mark = run.step, run.seconds
+        self._saved = time.perf_counter()
+        self._measure_from_here()
         run.model.train()
         tuning = ops.tune() if self.config.tune else nullcontext()
         while run.total is None or run.step < run.total:
@@ -75,10 +84,9 @@ class Trainer:
             self._read()
             plan = self._plan_is_due()
             validate = run.total is not None and self._due(run.interval)
-            due = self._due(config.save_interval) if config.save_interval else validate
             # Asked once: a signal may come between two looks.
             stopping = stop.asked
-            save = plan or due or stopping or time.perf_counter() - saved > SAVE_SECONDS
+            save = plan or stopping or self._save_is_due(validate)
             if validate or save:
                 # Neither a validation nor a save may be of weights that were never checked.
                 self._read(everything=True)
@@ -89,9 +97,9 @@ class Trainer:
                 self._plan()
                 run.seconds = time.perf_counter() - started
             if save:
-                self.log.sync()
-                state.save(run, self.folder)
-                saved = time.perf_counter()
+                self.save()
+            if run.step == FIRST_STEPS:
+                self._measure_from_here()
             if stopping and run.step != run.total:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}, saved; `mambapy train --resume --out "
@@ -164,6 +172,7 @@ class Trainer:
     def validate(self) -> float:
         """Validate on part of the held-out text; keep the weights if they are the best so far."""
         run, config = self.run, self.config
+        began = time.perf_counter()
         total, count = nats(
             run.model,
             self.data.held_out,
@@ -180,7 +189,27 @@ class Trainer:
             run.best, run.best_step = bpb, run.step
             run.model.save_pretrained(self.folder)
         self._shown["held-out"] = f"{bpb:.3f}"
+        self._validation = time.perf_counter() - began
+        self._aside += self._validation
         return bpb
+
+    def save(self) -> None:
+        """Save everything that a resumed run needs."""
+        began = time.perf_counter()
+        self.log.sync()
+        state.save(self.run, self.folder)
+        self._saved = time.perf_counter()
+        self._save = self._saved - began
+        self._aside += self._save
+
+    def _save_is_due(self, validated: bool) -> bool:
+        """Whether to save after this step."""
+        since = time.perf_counter() - self._saved
+        if since > SAVE_SECONDS or self.run.step == self.run.total:
+            return True
+        if self.config.save_interval:
+            return self._due(self.config.save_interval)
+        return validated and self._save <= SAVE_SHARE * since
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context of forward passes; weights stay float32 in all of them."""
@@ -206,28 +235,37 @@ class Trainer:
         What is planned is saved, so a run that is resumed later goes on as it would have.
         """
         run, config = self.run, self.config
-        steps = run.step - self._mark[0]
-        per_step = (run.seconds - self._mark[1]) / steps
+        per_step = self._seconds_per_step()
+        self._measure_from_here()
         left = (config.minutes or 0.0) * 60 - run.seconds
         if run.total is None:
-            began = time.perf_counter()
             self.validate()
-            validation = time.perf_counter() - began
-            # The last validation reads all of the held-out text.
-            run.reserve = validation * max(1.0, len(self.data.held_out) / config.eval_tokens)
-            left -= validation + run.reserve
-            count = min(VALIDATIONS, max(1, int(VALIDATION_SHARE * left / validation)))
-            run.total = run.step + max(1, int((left - count * validation) / per_step))
-            run.interval = config.eval_interval or -(-run.total // count)
+            run.reserve = self._validation * self._whole
+            left -= self._validation
+        if not config.eval_interval:
+            apart = max(
+                60 * (config.minutes or 0.0) / VALIDATIONS, self._validation / VALIDATION_SHARE
+            )
+            run.interval = math.ceil(apart / per_step)
+        cost = per_step + self._validation / run.interval
+        if config.save_interval:
+            cost += self._save / config.save_interval
         else:
-            run.total = run.step + max(1, int((left - run.reserve) / per_step))
-            if not config.eval_interval:
-                run.interval = max(run.interval, -(-run.total // VALIDATIONS))
+            cost += min(self._save / run.interval, SAVE_SHARE * per_step)
+        run.total = run.step + max(1, int((left - run.reserve) / cost))
         progress = self._progress()
         run.plans = 1 + sum(progress >= share for share in PLANS[1:])
-        self._mark = run.step, run.seconds
         self.bar.total = run.total
         self.bar.refresh()
+
+    def _measure_from_here(self) -> None:
+        """Begin to time steps."""
+        self._mark, self._aside = (self.run.step, self.run.seconds), 0.0
+
+    def _seconds_per_step(self) -> float:
+        """Seconds of a step since then, without what was not a step."""
+        steps = self.run.step - self._mark[0]
+        return (self.run.seconds - self._mark[1] - self._aside) / steps
 
     def _due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, is due."""
@@ -246,10 +284,9 @@ class Trainer:
 
     def _show(self, values: dict[str, Any]) -> None:
         """Bring the bar up to date."""
-        seconds = (self.run.seconds - self._mark[1]) / (self.run.step - self._mark[0])
         tokens = self.config.batch_size * self.config.accumulate * self.config.length
         self._shown = {
-            "tok/s": f"{tokens / seconds:,.0f}",
+            "tok/s": f"{tokens / self._seconds_per_step():,.0f}",
             "bits/byte": f"{values['bpb']:.3f}",
             "held-out": self._shown.get("held-out", "-"),
         }

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ from mambapy.config import MambaConfig
 from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
 from mambapy.lm import LM
 from mambapy.ops.gpu import tuning
-from mambapy.train import TrainConfig, report, state, train
-from mambapy.train.trainer import CALIBRATION_STEPS, Trainer
+from mambapy.train import TrainConfig, report, state, train, trainer
+from mambapy.train.trainer import CALIBRATION_STEPS, PLANS, VALIDATIONS, Trainer
 
 RUN = """
 import json, sys
@@ -242,6 +243,50 @@ def test_minutes_set_the_number_of_steps(tiny: dict[str, Any]) -> None:
     assert again["step"] == result["step"]
 
 
+def test_plans_hold_although_validations_and_saves_take_long(
+    tiny: dict[str, Any], monkeypatch: Any
+) -> None:
+    now = 0.0
+    saves, totals = [], []
+
+    def later(seconds: float, work: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            result = work(*args, **options)
+            # The first step compiles.
+            now += 30.0 if work is step and args[0].run.step == 1 else seconds
+            return result
+
+        return wrapped
+
+    def planned(self: Trainer) -> None:
+        plan(self)
+        totals.append(self.run.total)
+
+    def saved(run: state.Run, folder: Path) -> None:
+        saves.append(run.step)
+        save(run, folder)
+
+    step, plan, save = Trainer.step, Trainer._plan, state.save
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Trainer, "step", later(2.0, step))
+    monkeypatch.setattr(Trainer, "_plan", planned)
+    monkeypatch.setattr(trainer, "nats", later(4.0, trainer.nats))
+    monkeypatch.setattr(state, "save", later(6.0, saved))
+    del tiny["steps"], tiny["eval_interval"]
+    result = run({**tiny, "minutes": 10})
+    assert 540 < result["seconds"] < 610
+    assert len(totals) == len(PLANS)
+    # The first knows nothing of saves yet, and the learning rate is near its peak.
+    assert totals[0] == pytest.approx(totals[-1], rel=0.06)
+    assert all(total == pytest.approx(totals[-1], rel=0.02) for total in totals[1:])
+    validations = log_of(tiny, "val_bpb")
+    assert 12 < len(validations) <= VALIDATIONS + 2
+    # At plans and at the end; beyond these at most a twentieth of the time.
+    assert 6 * (len(saves) - len(PLANS) - 2) < 0.05 * result["seconds"]
+    assert saves[-1] == result["step"]
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nan_stops_and_costs_nothing(tiny: dict[str, Any], monkeypatch: Any, what: str) -> None:
     whole = LM.loss
@@ -325,6 +370,14 @@ def test_prompts_come_from_the_held_out_text(tiny: dict[str, Any], corpus: Path)
     prompt = text.split("=== 1: prompt ===\n")[1].split("\n=== 1: the model")[0]
     assert prompt
     assert any(prompt in f.read_text(encoding="utf-8") for f in corpus.iterdir())
+
+
+def test_no_prompt_begins_with_a_blank_line() -> None:
+    text = b"first\r\n\r\n  \r\nsecond line\r\nthird\r\n" + 200 * b"-"
+    data: Any = SimpleNamespace(held_out_text=lambda: text)
+    assert report._prompts(data, 1) == ["second line\r\nthird\r\n"]
+    data = SimpleNamespace(held_out_text=lambda: b"no end of a line")
+    assert report._prompts(data, 2) == 2 * ["no end of a line"]
 
 
 def test_progress_and_messages_go_to_stderr(tiny: dict[str, Any], capsys: Any) -> None:
