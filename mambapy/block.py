@@ -279,11 +279,13 @@ class ResidualBlock(nn.Module):
         y, logits = self.mlp.routed(y)
         return x + y, logits
 
-    def prefill(self, x: Tensor, state: State, ragged: Ragged) -> tuple[Tensor, State]:
-        """The same from a state on, with the state after the last token."""
-        y, state = self.mixer.prefill(self.norm(x), state, ragged)
-        x, y = self._after(x, y)
-        return x + y, state
+    def prefill(
+        self, x: Tensor, added: Tensor | None, state: State, ragged: Ragged
+    ) -> tuple[Tensor, Tensor, State]:
+        """`go_on` from a state, and the state after the last token."""
+        y, x = add_and_norm(self.norm, x, added)
+        y, state = self.mixer.prefill(y, state, ragged)
+        return *self._after(x, y), state
 
     def step(self, x: Tensor, state: State, dt_scale: Tensor | None = None) -> tuple[Tensor, State]:
         """The same for one token, (b, d)."""

@@ -234,12 +234,13 @@ class Stack(FusedStep):
         state = self.init_state(x.shape[0]) if state is None else state
         self.check_state(state, x.shape[0])
         goes_on = ragged.continues(state.seq_idx)
-        residual, states = self.to_residual(x), []
+        residual, added, states = self.to_residual(x), None, []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             if goes_on is not None:
                 layer_state = layer.mixer.restart(layer_state, goes_on)
-            residual, layer_state = layer.prefill(residual, layer_state, ragged)
+            residual, added, layer_state = layer.prefill(residual, added, layer_state, ragged)
             states.append(layer_state)
+        residual = residual if added is None else residual + added
         return residual.to(x.dtype), ModelState(tuple(states), ragged.last_document(state.seq_idx))
 
     def plan_step(self, plan: "StepPlan", residual: "Rows") -> "Rows | None":
