@@ -14,6 +14,13 @@ README = HERE.parent / "README.md"
 HEADLINE = "block-b1-l1024-d768-n16"
 HEADS = "heads-b1-l1024-d768-n128-p64"
 MAMBA_PY = ("mamba.py 1.2", "mamba.py")
+SCANS = (
+    (8, 2048, 1536, 16),
+    (8, 2048, 5120, 16),
+    (1, 32768, 1536, 16),
+    (64, 512, 1536, 16),
+    (8, 2048, 1536, 64),
+)
 
 
 def load(kind: str) -> dict[str, Any]:
@@ -121,20 +128,32 @@ def train() -> str:
 
 
 def scan_gpu() -> str:
-    """The scan on a GPU, forward and backward, beside plain PyTorch."""
+    """The scan on a GPU beside mamba.py's and plain PyTorch's."""
     cases: dict[str, dict[str, Any]] = {}
-    for case in load("h100/cuda-scan-part")["cases"]:
+    for case in load("h100/cuda-scan")["cases"]:
         cases.setdefault(case["name"], {"sizes": case})[case["pass"]] = case["contestants"]
     rows = []
-    for case in cases.values():
-        sizes = [f"{case['sizes'][key]:,}" for key in ("batch", "length", "d_inner", "d_state")]
-        ours, plain = case["training"]["auto"], case["training"]["chunked"]
-        times = [
-            f"{found['median_s'] * 1e3:.2f}" for found in (case["forward"]["auto"], ours, plain)
-        ]
+    for shape in SCANS:
+        name = "scan-b{}-l{}-e{}-n{}-bf16".format(*shape)
+        forward, training = cases[name]["forward"], cases[name]["training"]
+        ours = training["auto"]
+        found = [forward["auto"], ours, *(training.get(who) for who in ("mamba.py", "chunked"))]
+        times = ["-" if one is None else f"{one['median_s'] * 1e3:.3g}" for one in found]
+        sizes = [f"{size:,}" for size in shape]
         rows.append([*sizes, *times, f"{ours['peak_bytes'] / 1e6:,.0f} MB"])
     head = ["batch", "length", "channels", "states", "forward, ms", "forward + backward"]
-    return table([*head, "plain PyTorch", "memory beside the inputs"], *rows)
+    return table([*head, MAMBA_PY[0], "plain PyTorch", "memory beside the inputs"], *rows)
+
+
+def deterministic() -> str:
+    """What the same bits on each run cost."""
+    costs = []
+    for case in load("h100/cuda-scan")["cases"]:
+        if case["pass"] == "training":
+            found = case["contestants"]
+            costs.append(found["deterministic"]["median_s"] / found["auto"]["median_s"] - 1)
+    low, high = (round(100 * cost) for cost in (min(costs), max(costs)))
+    return f"On an H100 that took {low} to {high} % more time for a scan's two passes."
 
 
 def train_gpu() -> str:
@@ -155,6 +174,37 @@ def train_gpu() -> str:
     ]
     head = ["training, 130 million parameters, 16 x 1024", "thousand tokens a second", "memory"]
     return table(head, *rows)
+
+
+def decode_gpu() -> str:
+    """Speed of reading a prompt on a GPU, and time of a token."""
+    rows = []
+    labels = {768: "130 million parameters", 2560: "2.8 billion"}
+    cases = load("h100/cuda-decode")["cases"]
+    for prefill, decode in zip(cases[::2], cases[1::2], strict=True):
+        for label, name in (("mambapy", "mambapy"), MAMBA_PY, ("transformers", "transformers")):
+            if name in prefill["contestants"] and name in decode["contestants"]:
+                read, written = (one["contestants"][name] for one in (prefill, decode))
+                per_token = written["median_s"] / decode["tokens"]
+                row = [f"{labels[decode['d_model']]}, batch {decode['batch']}", label]
+                rows.append([*row, f"{read['tokens_per_s']:,.0f}", f"{per_token * 1e3:.3g}"])
+    head = ["", "prompt of 512, tokens a second", "ms a new token"]
+    return table(["decoding", *head], *rows)
+
+
+def english() -> str:
+    """What ten minutes on a GPU gave."""
+    record = load("h100/english")
+    return (
+        f"In {record['seconds'] / 60:.0f} minutes on the same card, "
+        "`mambapy train --config examples/gpu_130m.toml` took\n"
+        f"{record['parameters'] / 1e6:,.0f} million parameters through "
+        f"{record['tokens'] / 1e6:,.0f} million tokens of English novels "
+        f"({record['tokens'] / record['train_tokens']:.1f} times the text), to\n"
+        f"**{record['final_bpb']:.3f} bits a byte** of {record['held_out_bytes'] / 1e3:,.0f} kB "
+        f"held out; `xz -9` needs {record['xz_bpb']:.3f}. [What it wrote]"
+        "(benchmarks/results/h100/english.json)."
+    )
 
 
 def decode() -> str:
@@ -271,7 +321,10 @@ PARTS = {
     "parity": parity,
     "jamba": jamba,
     "scan_gpu": scan_gpu,
+    "deterministic": deterministic,
     "train_gpu": train_gpu,
+    "decode_gpu": decode_gpu,
+    "english": english,
     "vision": vision,
     "digits": digits,
 }

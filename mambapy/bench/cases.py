@@ -36,7 +36,8 @@ class Case:
         contestants: names, keys of `rivals.WHO`.
         passes: "forward" and "training", or what the kind has instead.
         sweeps: the curves of the plots that this case is a point of.
-        fresh: whether each contestant has a new process for it; only then is memory measured.
+        fresh: whether each contestant has a new process for it.
+        on_gpu: whether it is for a GPU.
         budget_s: seconds for the rounds of each contestant.
         least_s: seconds that a run takes at least; less work is repeated to fill them.
         limit_s: a first run longer than this is the only one.
@@ -52,12 +53,18 @@ class Case:
     passes: tuple[str, ...] = ("forward", "training")
     sweeps: tuple[str, ...] = ()
     fresh: bool = True
+    on_gpu: bool = False
     budget_s: float = 1.0
     least_s: float = 0.05
     limit_s: float = 3.0
     patience_s: float = 30.0
     memory_limit: int = 10 * GIB
     dtype: str = "float32"
+
+    @property
+    def metered(self) -> bool:
+        """Whether memory is measured: of a process on a CPU, if it is new; of a GPU, always."""
+        return self.fresh or self.on_gpu
 
     @property
     def name(self) -> str:

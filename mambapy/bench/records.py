@@ -25,7 +25,7 @@ def make(
     contestants: dict[str, dict[str, Any]] = {}
     for name, timing in timings.items():
         # The floor has its results' memory from the start, so its own says nothing.
-        measured = case.fresh and name != "floor"
+        measured = case.metered and name != "floor"
         contestants[name] = {
             "median_s": timing.median_s,
             "q1_s": timing.q1_s,

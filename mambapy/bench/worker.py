@@ -101,6 +101,9 @@ class Worker:
         self.runs.clear()
         self.repeats.clear()
         gc.collect()
+        if self.device == "cuda":
+            # Other processes need the card's memory too.
+            self.work.give_back()
         return {}
 
 

@@ -1,5 +1,7 @@
 """The cases of a GPU, and what runs them, on a machine without one."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -154,6 +156,16 @@ def test_records_say_the_dtype():
     records.add_bandwidth(record, 1e4, 64, facts)
     assert [*record["contestants"]] == ["floor", "mambapy"]
     assert record["contestants"]["floor"]["tokens_per_s"] == 100
+
+
+def test_a_card_tells_memory_apart_without_a_process_for_each_case():
+    case = CUDA["block"][0]
+    run = Run("auto", None, "forward", 1.0)
+    run.peak_bytes, run.process_bytes = 3, 5
+    for one, expected in ((case, 3), (dataclasses.replace(case, on_gpu=False), None)):
+        assert not one.fresh
+        record = records.make(one, "forward", {"auto": Timing.of([0.5])}, {"auto": run}, {})
+        assert record["contestants"]["auto"]["peak_bytes"] == expected
 
 
 def test_memory_of_the_card_is_the_limit():
