@@ -6,14 +6,19 @@ Where there are few rows and channels, both cut the length into segments that ru
 launch before theirs finds what each hands to the next.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mambapy.ops.gpu.cuda import Kernel, launch, pointer
 from mambapy.ops.gpu.lanes import FORMATS, PER_STATE, TILE, WARP, Lanes, chosen, shared_bytes
+
+# What the sums of all blocks of channels may take where they must not be added in any order.
+MOST_PARTS_BYTES = 1 << 30
 
 
 def forward(
@@ -115,11 +120,20 @@ def backward(
             X=x, DT=dt, B=B, C=C, Z=x if z is None else z, R=grad_y,
         )  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
-    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
-    grad_x, grad_dt, grad_z = _room(x, dt, z, grad_z)
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
+    most = max(1, MOST_PARTS_BYTES // (2 * 4 * b * l * n))
+    if parts > most:
+        grads = _backward_of_slices(
+            most * lanes.channels, grad_y, grad_last, starts,
+            (x, dt, A, B, C, D, z, dt_bias, state), seq_idx, dt_softplus, reverse, lanes,
+        )  # fmt: skip
+        if grad_z is not None:
+            grads[6] = grad_z.copy_(grads[6])
+        return grads
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    grad_x, grad_dt, grad_z = _room(x, dt, z, grad_z)
     grad_BC = empty(2, parts, b, l, n)
     grad_B, grad_C = grad_BC if deterministic else grad_BC.zero_()
     segments = lanes.segments
@@ -163,6 +177,43 @@ def backward(
         grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, originals, strict=True)
     ]
+
+
+def _backward_of_slices(
+    width: int,
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    starts: Tensor,
+    tensors: Sequence[Any],
+    *options: Any,
+) -> list[Any]:
+    """`backward` of `width` channels at a time, which limits how many sums there are at once."""
+    # Where x, dt, A, B, C, D, z, dt_bias, state have their channels.
+    dims = (-1, -1, 0, None, None, -1, -1, -1, 1)
+    B, C = tensors[3:5]
+    # So that the slices' sums are added in float32.
+    tensors = (*tensors[:3], B.float(), C.float(), *tensors[5:])
+    found = []
+    for first in range(0, grad_y.shape[2], width):
+        cut = partial(_cut, first=first, width=width)
+        grads = backward(
+            cut(grad_y, -1), cut(grad_last, 1), cut(starts, 2).contiguous(),
+            *map(cut, tensors, dims), *options,
+        )  # fmt: skip
+        found.append(grads)
+    whole: list[Any] = [
+        None if parts[0] is None else sum(parts) if dim is None else torch.cat(parts, dim)
+        for parts, dim in zip(zip(*found, strict=True), dims, strict=True)
+    ]
+    whole[3:5] = whole[3].to(B.dtype), whole[4].to(C.dtype)
+    return whole
+
+
+def _cut(T: Any, dim: int | None, *, first: int, width: int) -> Any:
+    """The channels from `first` on of a tensor that has them in a dimension; others as they are."""
+    if T is None or dim is None:
+        return T
+    return T.narrow(dim, first, min(width, T.shape[dim] - first))
 
 
 def _room(

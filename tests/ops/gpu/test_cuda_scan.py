@@ -172,6 +172,34 @@ def test_deterministic_sums_are_the_same_bits_and_near_the_others():
     assert_near(first, free, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_deterministic_sums_have_a_limit(dtype, monkeypatch):
+    # 35 channels in blocks of 8: two blocks' sums at once, so three slices of the channels.
+    args = drawn(40, 16, dtype, e=35)
+    b, l, e = args["x"].shape
+    monkeypatch.setattr(selective_scan, "MOST_PARTS_BYTES", 2 * 2 * 4 * b * l * 16)
+    grads = torch.randn(b, l, e, device=DEVICE).to(dtype), torch.randn(b, e, 16, device=DEVICE)
+    widths = []
+    cut = selective_scan._cut
+    monkeypatch.setattr(selective_scan, "_cut", lambda *a, **o: (widths.append(o), cut(*a, **o))[1])
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = actual_of(args, *grads, USUAL)
+        _, _, starts = selective_scan.forward(**args, dt_softplus=True, save=True, lanes=USUAL)
+        tensors = [args.get(name) for name in (*INPUTS, "seq_idx")]
+        grad_z = torch.zeros(b, l, 2 * e, dtype=dtype, device=DEVICE)[..., e:]
+        again = selective_scan.backward(
+            *grads, starts, *tensors, True, False, lanes=USUAL, grad_z=grad_z
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {one["first"] for one in widths} == {0, 16, 32}
+    assert_near(found, expected_of(args, *grads), TOLERANCES[dtype])
+    assert again[6] is grad_z
+    assert torch.equal(grad_z.cpu(), found["z"])
+    assert torch.equal(again[3].cpu(), found["B"])
+
+
 def test_y_may_be_written_over_an_input():
     for name in ("x", "dt", "z"):
         args = drawn(70, 16)
