@@ -3,6 +3,7 @@
 # make check  format, lint, types, imports
 # make bench  time and memory beside the floor, mamba.py and transformers: half an hour
 # make bench-gpu  the same on an NVIDIA GPU, and the errors of its kernels: a quarter of an hour
+# make test-gpu   the tests of the GPU's code there, three minutes
 # A second make reuses the virtual environment.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BENCH ?=
 GPU ?= h100
 RIVALS := $(VENV)/rivals
 
-.PHONY: demo test check bench bench-gpu format clean
+.PHONY: demo test check bench bench-gpu test-gpu format clean
 
 demo: $(VENV)/installed
 	$(BIN)/mambapy train --out $(RUN) --minutes 3 --overwrite $(if $(DATA),--data $(DATA))
@@ -46,6 +47,9 @@ bench-gpu:
 		--mamba-py $(RIVALS) --out benchmarks/results/$(GPU) || exit; done
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu_errors.py --out benchmarks/results/$(GPU)
 	$(PYTHON) -m mambapy.cli bench plot --results benchmarks/results/$(GPU) --out benchmarks/plots/$(GPU)
+
+test-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_tests.py --out benchmarks/results/$(GPU)
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -46,8 +46,9 @@ def write_plot(log: Path, path: Path) -> None:
         axes.plot(*zip(*held_out, strict=True), color="C0", marker=".", label="held out")
     for line in lines:
         if "final_bpb" in line:
-            label = f"all held-out text: {line['final_bpb']:.3f}"
-            axes.plot([line["tokens"]], [line["final_bpb"]], "o", color="C3", label=label)
+            label = f"best weights, all held-out text: {line['final_bpb']:.3f}"
+            at = line["tokens"] * line["best_step"] / line["step"]
+            axes.plot([at], [line["final_bpb"]], "o", color="C3", label=label)
             label = f"xz -9 of it: {line['xz_bpb']:.3f}"
             axes.axhline(line["xz_bpb"], color="C2", linestyle="--", label=label)
     axes.set(xlabel="tokens trained on", ylabel="bits per byte", ylim=(0, None))
@@ -136,7 +137,7 @@ def _prompts(data: Dataset, count: int) -> list[str]:
         end = _LINE_END.search(text, i * len(text) // count)
         start = end.end() if end else 0
         piece = text[start : start + _PROMPT_BYTES] or text[:_PROMPT_BYTES]
-        # Without the last line, which is cut.
-        whole = piece.rfind(b"\n") + 1 or len(piece)
+        # Without the last line, or word, which is cut.
+        whole = piece.rfind(b"\n") + 1 or max(piece.rfind(b" "), 0) or len(piece)
         prompts.append(piece[:whole].decode("utf-8", errors="ignore"))
     return prompts

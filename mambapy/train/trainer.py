@@ -17,16 +17,17 @@ from mambapy.errors import TrainingError
 from mambapy.train import state
 from mambapy.train.config import TrainConfig
 from mambapy.train.data import Dataset, batch
-from mambapy.train.graph import make_update
+from mambapy.train.graph import WARM_UP, make_update
 from mambapy.train.readback import LAG, Readback
 from mambapy.train.schedule import lr_factor
 from mambapy.train.update import Update, autocast
 from mambapy.train.validation import bits_per_byte, nats
 
-# The first steps compile and record. With `minutes`, that many after them are timed before the
-# number of steps is planned; it is planned again after these shares of the time, or of the steps,
-# since a machine's speed changes.
+# The first steps compile, and on a GPU they are recorded. With `minutes`, CALIBRATION_STEPS after
+# them are timed before the number of steps is planned; it is planned again after PLANS' shares of
+# the time, or of the steps, since a machine's speed changes.
 FIRST_STEPS = 2
+FIRST_STEPS_CUDA = WARM_UP + 2
 CALIBRATION_STEPS = 10
 PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
 # With `eval_interval=0`, about that many validations in a run; with `minutes`, at most that many,
@@ -47,11 +48,12 @@ class Trainer:
         self.config = run.config
         self.folder = Path(run.config.out)
         self.device = next(run.model.parameters()).device
+        self._first_steps = FIRST_STEPS_CUDA if self.device.type == "cuda" else FIRST_STEPS
         # A GPU works on while the host reads the numbers of earlier steps.
-        deferred = lag_of(self.device)
-        self._pending = Readback(self.device, deferred)
+        self._lag = lag_of(self.device)
+        self._pending = Readback(self.device, self._lag)
         update = Update(
-            run.model, run.optimizer, run.config, None if deferred else self._check_next
+            run.model, run.optimizer, run.config, None if self._lag else self._check_next
         )
         self.update = make_update(update, run.config, self._tell_of_graph)
         self._shown: dict[str, str] = {}
@@ -98,7 +100,9 @@ class Trainer:
                 run.seconds = time.perf_counter() - started
             if save:
                 self.save()
-            if run.step == FIRST_STEPS:
+            if run.step == self._first_steps:
+                self._read(everything=True)
+                run.seconds = time.perf_counter() - started
                 self._measure_from_here()
             if stopping and run.step != run.total:
                 raise KeyboardInterrupt(
@@ -284,9 +288,13 @@ class Trainer:
 
     def _show(self, values: dict[str, Any]) -> None:
         """Bring the bar up to date."""
-        tokens = self.config.batch_size * self.config.accumulate * self.config.length
+        speed = self._shown.get("tok/s")
+        # Of few steps it says little where a GPU may not have done the last of them.
+        if speed is None or self.run.step - self._mark[0] > 4 * self._lag:
+            tokens = self.config.batch_size * self.config.accumulate * self.config.length
+            speed = f"{tokens / self._seconds_per_step():,.0f}"
         self._shown = {
-            "tok/s": f"{tokens / self._seconds_per_step():,.0f}",
+            "tok/s": speed,
             "bits/byte": f"{values['bpb']:.3f}",
             "held-out": self._shown.get("held-out", "-"),
         }

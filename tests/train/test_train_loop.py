@@ -377,7 +377,9 @@ def test_no_prompt_begins_with_a_blank_line() -> None:
     data: Any = SimpleNamespace(held_out_text=lambda: text)
     assert report._prompts(data, 1) == ["second line\r\nthird\r\n"]
     data = SimpleNamespace(held_out_text=lambda: b"no end of a line")
-    assert report._prompts(data, 2) == 2 * ["no end of a line"]
+    assert report._prompts(data, 2) == 2 * ["no end of a"]
+    data = SimpleNamespace(held_out_text=lambda: b"word")
+    assert report._prompts(data, 1) == ["word"]
 
 
 def test_progress_and_messages_go_to_stderr(tiny: dict[str, Any], capsys: Any) -> None:
