@@ -258,7 +258,8 @@ class Trainer:
             cost += min(self._save / run.interval, SAVE_SHARE * per_step)
         run.total = run.step + max(1, int((left - run.reserve) / cost))
         progress = self._progress()
-        run.plans = 1 + sum(progress >= share for share in PLANS[1:])
+        # Never twice for a share, if more steps are left now: soon after a plan, speed is noise.
+        run.plans = max(run.plans + 1, 1 + sum(progress >= share for share in PLANS[1:]))
         self.bar.total = run.total
         self.bar.refresh()
 
