@@ -1,8 +1,8 @@
 """Training: `train(TrainConfig(...))` turns text into a run folder with a language model in it.
 
-config (every setting), data (text -> token files -> batches), schedule (learning rate), state
-(save and exact resume), validation (bits per byte), loop (the training itself), report (plot and
-samples).
+config (every setting), data (text -> token files -> batches), schedule (learning rate), plan (how
+many steps fit into some minutes), state (save and exact resume), validation (bits per byte), loop
+and trainer (the training itself), report (plot and samples).
 """
 
 from typing import TYPE_CHECKING, Any

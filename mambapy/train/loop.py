@@ -23,8 +23,9 @@ from mambapy.tokenizer import (
 from mambapy.train import data as datasets
 from mambapy.train import report, state
 from mambapy.train.config import TrainConfig
+from mambapy.train.plan import VALIDATIONS
 from mambapy.train.text import open_source
-from mambapy.train.trainer import VALIDATIONS, Stop, Trainer
+from mambapy.train.trainer import Stop, Trainer
 from mambapy.train.update import autocast
 from mambapy.train.validation import bits_per_byte, nats, xz_bits_per_byte
 

@@ -18,26 +18,15 @@ from mambapy.train import state
 from mambapy.train.config import TrainConfig
 from mambapy.train.data import Dataset, batch
 from mambapy.train.graph import WARM_UP, make_update
+from mambapy.train.plan import Pace
 from mambapy.train.readback import LAG, Readback
 from mambapy.train.schedule import lr_factor
 from mambapy.train.update import Update, autocast
 from mambapy.train.validation import bits_per_byte, nats
 
-# The first steps compile, and on a GPU they are recorded. With `minutes`, CALIBRATION_STEPS after
-# them are timed before the number of steps is planned; it is planned again after PLANS' shares of
-# the time, or of the steps, since a machine's speed changes.
+# The first steps compile, and on a GPU they are recorded: no plan is made from them.
 FIRST_STEPS = 2
 FIRST_STEPS_CUDA = WARM_UP + 2
-CALIBRATION_STEPS = 10
-PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
-# With `eval_interval=0`, about that many validations in a run; with `minutes`, at most that many,
-# and no more than take that share of its time.
-VALIDATIONS = 20
-VALIDATION_SHARE = 0.1
-# With `save_interval=0`, a run is saved at validations, if saving takes no more than that share of
-# the time; and at the latest after that long, whatever the settings.
-SAVE_SHARE = 0.05
-SAVE_SECONDS = 300.0
 
 
 class Trainer:
@@ -57,13 +46,8 @@ class Trainer:
         )
         self.update = make_update(update, run.config, self._tell_of_graph)
         self._shown: dict[str, str] = {}
-        # Step and seconds at the last plan, or where this process took the run up; and the seconds
-        # since then that were not steps.
-        self._measure_from_here()
-        # How much longer the last validation is, which reads all of the held-out text.
-        self._whole = max(1.0, len(data.held_out) / run.config.eval_tokens)
-        # Seconds of the last validation and of the last save.
-        self._validation, self._save = run.reserve / self._whole, 0.0
+        # The last validation reads all of the held-out text.
+        self.pace = Pace(run, max(1.0, len(data.held_out) / run.config.eval_tokens))
 
     def fit(self, stop: "Stop") -> None:
         """Run to the end, or until a stop is asked for.
@@ -74,8 +58,6 @@ class Trainer:
         """
         run, config = self.run, self.config
         started = time.perf_counter() - run.seconds
-        self._saved = time.perf_counter()
-        self._measure_from_here()
         run.model.train()
         tuning = ops.tune() if self.config.tune else nullcontext()
         while run.total is None or run.step < run.total:
@@ -84,11 +66,11 @@ class Trainer:
             tuning = nullcontext()
             run.seconds = time.perf_counter() - started
             self._read()
-            plan = self._plan_is_due()
+            plan = self.pace.is_due()
             validate = run.total is not None and self._due(run.interval)
             # Asked once: a signal may come between two looks.
             stopping = stop.asked
-            save = plan or stopping or self._save_is_due(validate)
+            save = plan or stopping or self.pace.save_is_due(validate)
             if validate or save:
                 # Neither a validation nor a save may be of weights that were never checked.
                 self._read(everything=True)
@@ -103,7 +85,7 @@ class Trainer:
             if run.step == self._first_steps:
                 self._read(everything=True)
                 run.seconds = time.perf_counter() - started
-                self._measure_from_here()
+                self.pace.begin_again()
             if stopping and run.step != run.total:
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step}, saved; `mambapy train --resume --out "
@@ -193,8 +175,7 @@ class Trainer:
             run.best, run.best_step = bpb, run.step
             run.model.save_pretrained(self.folder)
         self._shown["held-out"] = f"{bpb:.3f}"
-        self._validation = time.perf_counter() - began
-        self._aside += self._validation
+        self.pace.validated(time.perf_counter() - began)
         return bpb
 
     def save(self) -> None:
@@ -202,75 +183,28 @@ class Trainer:
         began = time.perf_counter()
         self.log.sync()
         state.save(self.run, self.folder)
-        self._saved = time.perf_counter()
-        self._save = self._saved - began
-        self._aside += self._save
-
-    def _save_is_due(self, validated: bool) -> bool:
-        """Whether to save after this step."""
-        since = time.perf_counter() - self._saved
-        if since > SAVE_SECONDS or self.run.step == self.run.total:
-            return True
-        if self.config.save_interval:
-            return self._due(self.config.save_interval)
-        return validated and self._save <= SAVE_SHARE * since
+        self.pace.saved(time.perf_counter() - began)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context of forward passes; weights stay float32 in all of them."""
         return autocast(self.config.dtype, self.device)
-
-    def _plan_is_due(self) -> bool:
-        """Whether it is time to plan (again) how many steps a run of some minutes has."""
-        run, minutes = self.run, self.config.minutes
-        if minutes is None or run.plans == len(PLANS) or run.step == run.total:
-            return False
-        if run.step - self._mark[0] < CALIBRATION_STEPS:
-            return False
-        return run.total is None or self._progress() >= PLANS[run.plans]
-
-    def _progress(self) -> float:
-        """The share of a timed run that is over: of its minutes or of its steps."""
-        run = self.run
-        return max(run.seconds / (60 * (self.config.minutes or 1)), run.step / (run.total or 1))
 
     def _plan(self) -> None:
         """Set how many steps the run has, from the speed since the plan before.
 
         What is planned is saved, so a run that is resumed later goes on as it would have.
         """
-        run, config = self.run, self.config
-        per_step = self._seconds_per_step()
-        self._measure_from_here()
-        left = (config.minutes or 0.0) * 60 - run.seconds
+        run, pace = self.run, self.pace
+        per_step = pace.per_step()
+        pace.begin_again()
+        left = 60 * (self.config.minutes or 0.0) - run.seconds
         if run.total is None:
             self.validate()
-            run.reserve = self._validation * self._whole
-            left -= self._validation
-        if not config.eval_interval:
-            apart = max(
-                60 * (config.minutes or 0.0) / VALIDATIONS, self._validation / VALIDATION_SHARE
-            )
-            run.interval = math.ceil(apart / per_step)
-        cost = per_step + self._validation / run.interval
-        if config.save_interval:
-            cost += self._save / config.save_interval
-        else:
-            cost += min(self._save / run.interval, SAVE_SHARE * per_step)
-        run.total = run.step + max(1, int((left - run.reserve) / cost))
-        progress = self._progress()
-        # Never twice for a share, if more steps are left now: soon after a plan, speed is noise.
-        run.plans = max(run.plans + 1, 1 + sum(progress >= share for share in PLANS[1:]))
+            left -= pace.validation
+            run.reserve = pace.validation * pace.whole
+        pace.make(per_step, left)
         self.bar.total = run.total
         self.bar.refresh()
-
-    def _measure_from_here(self) -> None:
-        """Begin to time steps."""
-        self._mark, self._aside = (self.run.step, self.run.seconds), 0.0
-
-    def _seconds_per_step(self) -> float:
-        """Seconds of a step since then, without what was not a step."""
-        steps = self.run.step - self._mark[0]
-        return (self.run.seconds - self._mark[1] - self._aside) / steps
 
     def _due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, is due."""
@@ -291,9 +225,9 @@ class Trainer:
         """Bring the bar up to date."""
         speed = self._shown.get("tok/s")
         # Of few steps it says little where a GPU may not have done the last of them.
-        if speed is None or self.run.step - self._mark[0] > 4 * self._lag:
+        if speed is None or self.pace.steps > 4 * self._lag:
             tokens = self.config.batch_size * self.config.accumulate * self.config.length
-            speed = f"{tokens / self._seconds_per_step():,.0f}"
+            speed = f"{tokens / self.pace.per_step():,.0f}"
         self._shown = {
             "tok/s": speed,
             "bits/byte": f"{values['bpb']:.3f}",

@@ -18,8 +18,9 @@ from mambapy.config import MambaConfig
 from mambapy.errors import ConfigError, DataError, MissingExtraError, TrainingError
 from mambapy.lm import LM
 from mambapy.ops.gpu import tuning
-from mambapy.train import TrainConfig, report, state, train, trainer
-from mambapy.train.trainer import CALIBRATION_STEPS, PLANS, VALIDATIONS, Trainer
+from mambapy.train import TrainConfig, plan, report, state, train, trainer
+from mambapy.train.plan import CALIBRATION_STEPS, PLANS, VALIDATIONS
+from mambapy.train.trainer import Trainer
 
 RUN = """
 import json, sys
@@ -265,7 +266,7 @@ def test_plans_hold_although_validations_and_saves_take_long(
         return wrapped
 
     def planned(self: Trainer) -> None:
-        plan(self)
+        make_plan(self)
         totals.append(self.run.total)
         planned_at.append(self.run.step)
 
@@ -273,8 +274,9 @@ def test_plans_hold_although_validations_and_saves_take_long(
         saves.append(run.step)
         save(run, folder)
 
-    step, plan, save = Trainer.step, Trainer._plan, state.save
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: now))
+    step, make_plan, save = Trainer.step, Trainer._plan, state.save
+    for module in (trainer, plan):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Trainer, "step", later(2.0, step))
     monkeypatch.setattr(Trainer, "_plan", planned)
     monkeypatch.setattr(trainer, "nats", later(4.0, trainer.nats))
