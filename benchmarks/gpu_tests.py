@@ -1,6 +1,6 @@
 """The tests of the GPU's code, and a record of what passed in each file.
 
-    python benchmarks/gpu_tests.py [--out benchmarks/results/h100] [--workers 8] [FILE ...]
+    python benchmarks/gpu_tests.py --out benchmarks/results/h100 [--workers 8] [FILE ...]
 
 On a card, or without one in Triton's interpreter and an emulator of CUDA's threads, as in CI. Some
 need a card; the emulator's need none.
@@ -66,14 +66,17 @@ def tested(file: str) -> dict[str, Any]:
         "skipped": {reason: skips.count(reason) for reason in sorted(set(skips))},
         "seconds": float(suite.attrib["time"]),
     }
-    return found if run.returncode == 0 else {**found, "output": run.stdout}
+    if run.returncode == 0:
+        return found
+    # No test in a file is a failure too.
+    return {**found, "failed": max(1, failed), "output": run.stdout + run.stderr}
 
 
 def main() -> int:
     """Run, print and write; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("files", nargs="*", default=FILES)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/h100"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for tests.json")
     parser.add_argument("--workers", type=int, default=8, help="files at once, on one card")
     args = parser.parse_args()
     with ThreadPoolExecutor(args.workers) as pool:

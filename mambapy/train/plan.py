@@ -13,6 +13,8 @@ from mambapy.train.state import Run
 # That many steps are timed before the number of steps is planned; it is planned again after PLANS'
 # shares of the time, or of the steps, since a machine's speed changes.
 CALIBRATION_STEPS = 10
+# But after that share of the time at the latest.
+LATEST = 0.25
 PLANS = (0.0, 0.1, 0.25, 0.5, 0.75)
 # With `eval_interval=0`, about that many validations in a run; with `minutes`, at most that many,
 # and no more than take that share of its time.
@@ -78,7 +80,8 @@ class Pace:
         if self.config.minutes is None or run.plans == len(PLANS) or run.step == run.total:
             return False
         if self.steps < CALIBRATION_STEPS:
-            return False
+            late = run.seconds >= LATEST * 60 * self.config.minutes
+            return run.total is None and self.steps > 0 and late
         return run.total is None or self._progress() >= PLANS[run.plans]
 
     def _progress(self) -> float:
@@ -104,7 +107,9 @@ class Pace:
             cost += self.save / config.save_interval
         else:
             cost += min(self.save / run.interval, SAVE_SHARE * per_step)
-        run.total = run.step + max(1, int((left - run.reserve) / cost))
+        # Each plan is saved, and the end.
+        left -= run.reserve + self.save * (len(PLANS) - run.plans + 1)
+        run.total = run.step + max(1, int(left / cost))
         progress = self._progress()
         # Never twice for a share, if more steps are left now: soon after a plan, speed is noise.
         run.plans = max(run.plans + 1, 1 + sum(progress >= share for share in PLANS[1:]))

@@ -16,7 +16,7 @@ from mambapy.train.state import read_log
 
 # Longest prompt taken from the held-out text, in bytes.
 _PROMPT_BYTES = 120
-_LINE_END = re.compile(rb"\n(?:[ \t\r]*\n)*")
+_LINE_END = re.compile(rb"\n(?:[^\S\n]*\n)*")
 
 
 def require_matplotlib() -> None:
@@ -136,8 +136,13 @@ def _prompts(data: Dataset, count: int) -> list[str]:
     for i in range(count):
         end = _LINE_END.search(text, i * len(text) // count)
         start = end.end() if end else 0
-        piece = text[start : start + _PROMPT_BYTES] or text[:_PROMPT_BYTES]
+        piece = text[start : start + _PROMPT_BYTES]
+        if not piece.strip():
+            piece = text.lstrip()[:_PROMPT_BYTES]
         # Without the last line, or word, which is cut.
-        whole = piece.rfind(b"\n") + 1 or max(piece.rfind(b" "), 0) or len(piece)
-        prompts.append(piece[:whole].decode("utf-8", errors="ignore"))
+        for whole in (piece.rfind(b"\n") + 1, piece.rfind(b" ")):
+            if piece[: max(whole, 0)].strip():
+                piece = piece[:whole]
+                break
+        prompts.append(piece.decode("utf-8", errors="ignore"))
     return prompts

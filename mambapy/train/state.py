@@ -33,8 +33,10 @@ _FORMAT = 1
 class Run:
     """A run at a step: `step` optimiser steps are done, of `total` (None: not fixed yet).
 
-    `interval` is the number of steps between validations. In a run of some minutes, `plans` counts
-    how often `total` was planned, and `reserve` is the time set aside for the end, in seconds.
+    `interval` is the number of steps between validations, `validated` the step of the last, `best`
+    the bits per byte of the best, whose weights are in the folder. In a run of some minutes,
+    `plans` counts how often `total` was planned, and `reserve` is the time set aside for the end,
+    in seconds.
     """
 
     config: TrainConfig
@@ -44,6 +46,7 @@ class Run:
     step: int = 0
     total: int | None = None
     interval: int = 0
+    validated: int = 0
     best: float = float("inf")
     best_step: int = 0
     seconds: float = 0.0
@@ -65,6 +68,7 @@ def save(run: Run, folder: Path) -> None:
         "step": run.step,
         "total": run.total,
         "interval": run.interval,
+        "validated": run.validated,
         "best": run.best,
         "best_step": run.best_step,
         "seconds": run.seconds,
@@ -137,6 +141,7 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
             group.update(mine)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / LAST} does not fit this model: {error}") from error
+    run.validated = payload.get("validated", 0)
     for name in ("step", "best", "best_step", "seconds", "plans", "reserve"):
         setattr(run, name, payload[name])
     # Where other values are asked for than the run had, the new run's own hold already.
@@ -149,6 +154,13 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
     torch.set_rng_state(payload["rng"])
     if payload["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(payload["cuda_rng"], next(run.model.parameters()).device)
+    # Weights may be from after the last save.
+    for line in read_log(folder / LOG):
+        if line.get("val_bpb", run.best) < run.best:
+            run.best, run.best_step = line["val_bpb"], line["step"]
+    if run.best < payload["best"]:
+        # The log's lines from after it go away now.
+        save(run, folder)
 
 
 class Log:

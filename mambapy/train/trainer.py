@@ -58,6 +58,7 @@ class Trainer:
         """
         run, config = self.run, self.config
         started = time.perf_counter() - run.seconds
+        timed_from = run.step + self._first_steps
         run.model.train()
         tuning = ops.tune() if self.config.tune else nullcontext()
         while run.total is None or run.step < run.total:
@@ -67,7 +68,9 @@ class Trainer:
             run.seconds = time.perf_counter() - started
             self._read()
             plan = self.pace.is_due()
-            validate = run.total is not None and self._due(run.interval)
+            validate = run.total is not None and (
+                run.step - run.validated >= run.interval or run.step == run.total
+            )
             # Asked once: a signal may come between two looks.
             stopping = stop.asked
             save = plan or stopping or self.pace.save_is_due(validate)
@@ -82,7 +85,7 @@ class Trainer:
                 run.seconds = time.perf_counter() - started
             if save:
                 self.save()
-            if run.step == self._first_steps:
+            if run.step == timed_from:
                 self._read(everything=True)
                 run.seconds = time.perf_counter() - started
                 self.pace.begin_again()
@@ -170,10 +173,12 @@ class Trainer:
         if not math.isfinite(bpb):
             raise TrainingError(f"validation loss is {bpb} after step {run.step}; {advice(config)}")
         tokens = run.step * config.batch_size * config.accumulate * config.length
-        self.log.write(step=run.step, tokens=tokens, val_bpb=bpb)
+        run.validated = run.step
         if bpb < run.best:
             run.best, run.best_step = bpb, run.step
             run.model.save_pretrained(self.folder)
+        # After the weights: a resumed run learns from it which they are.
+        self.log.write(step=run.step, tokens=tokens, val_bpb=bpb)
         self._shown["held-out"] = f"{bpb:.3f}"
         self.pace.validated(time.perf_counter() - began)
         return bpb
@@ -205,10 +210,6 @@ class Trainer:
         pace.make(per_step, left)
         self.bar.total = run.total
         self.bar.refresh()
-
-    def _due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps, and at the end, is due."""
-        return self.run.step == self.run.total or self.run.step % interval == 0
 
     def _check_next(self, loss: float, norm: float) -> None:
         """Stop before an update that would spoil the weights."""

@@ -99,11 +99,13 @@ def backward(
     reverse: bool,
     lanes: Lanes | None = None,
     grad_z: Tensor | None = None,
+    *,
+    wide_sums: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state).
 
     That to z is written to `grad_z` (b, l, e), where it is given: half of a tensor (b, l, 2e).
-    Those to x and dt are then halves of another.
+    Those to x and dt are then halves of another. With `wide_sums` those to B and C stay in float32.
     """
     b, l, e = x.shape
     n = A.shape[1]
@@ -173,6 +175,8 @@ def backward(
         T if T is None else T.sum(0) if T.shape[0] > 1 else T[0] for T in sums
     )
     grads = [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
+    if wide_sums:
+        originals[3:5] = grad_B, grad_C
     return [
         grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, originals, strict=True)
@@ -189,23 +193,23 @@ def _backward_of_slices(
 ) -> list[Any]:
     """`backward` of `width` channels at a time, which limits how many sums there are at once."""
     # Where x, dt, A, B, C, D, z, dt_bias, state have their channels.
-    dims = (-1, -1, 0, None, None, -1, -1, -1, 1)
-    B, C = tensors[3:5]
-    # So that the slices' sums are added in float32.
-    tensors = (*tensors[:3], B.float(), C.float(), *tensors[5:])
-    found = []
+    dims: Any = (-1, -1, 0, None, None, -1, -1, -1, 1)
+    found, (B, C) = [], tensors[3:5]
+    sums: list[Any] = []
     for first in range(0, grad_y.shape[2], width):
         cut = partial(_cut, first=first, width=width)
-        grads = backward(
+        grads: list[Any] = backward(
             cut(grad_y, -1), cut(grad_last, 1), cut(starts, 2).contiguous(),
-            *map(cut, tensors, dims), *options,
+            *map(cut, tensors, dims), *options, wide_sums=True,
         )  # fmt: skip
+        more, grads[3:5] = grads[3:5], (None, None)
+        sums = [a.add_(b) for a, b in zip(sums, more, strict=True)] if sums else more
         found.append(grads)
     whole: list[Any] = [
-        None if parts[0] is None else sum(parts) if dim is None else torch.cat(parts, dim)
+        None if parts[0] is None else torch.cat(parts, dim)
         for parts, dim in zip(zip(*found, strict=True), dims, strict=True)
     ]
-    whole[3:5] = whole[3].to(B.dtype), whole[4].to(C.dtype)
+    whole[3:5] = sums[0].to(B.dtype), sums[1].to(C.dtype)
     return whole
 
 
