@@ -84,13 +84,17 @@ def main() -> int:
     for file, result in found.items():
         sys.stdout.write(f"{file}: {result['passed']} passed, {result['failed']} failed\n")
         sys.stdout.write(result.get("output", ""))
+    failed = int(any(result["failed"] for result in found.values()))
+    if [*args.files] != [*FILES]:
+        sys.stdout.write("not written: a record is of all files\n")
+        return failed
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {"machine": facts(None, card), "files": found}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "tests.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"written: {path}\n")
-    return int(any(result["failed"] for result in found.values()))
+    return failed
 
 
 if __name__ == "__main__":
