@@ -99,41 +99,60 @@ def backward(
     reverse: bool,
     lanes: Lanes | None = None,
     grad_z: Tensor | None = None,
-    *,
-    wide_sums: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of `forward` to (x, dt, A, B, C, D, z, dt_bias, state).
 
     That to z is written to `grad_z` (b, l, e), where it is given: half of a tensor (b, l, 2e).
-    Those to x and dt are then halves of another. With `wide_sums` those to B and C stay in float32.
+    Those to x and dt are then halves of another.
     """
     b, l, e = x.shape
     n = A.shape[1]
+    tensors = (x, dt, A, B, C, D, z, dt_bias, state)
     if b * e == 0:
-        tensors = (x, dt, A, B, C, D, z, dt_bias, state)
         return [None if T is None else torch.zeros_like(T) for T in tensors]
     if lanes is None:
         lanes = chosen(
             "scan_backward", (b, l, e, n),
             lambda lanes: backward(
-                grad_y, grad_last, starts, x, dt, A, B, C, D, z, dt_bias, state, seq_idx,
-                dt_softplus, reverse, lanes=lanes,
+                grad_y, grad_last, starts, *tensors, seq_idx, dt_softplus, reverse, lanes=lanes
             ),
             X=x, DT=dt, B=B, C=C, Z=x if z is None else z, R=grad_y,
         )  # fmt: skip
+    options = seq_idx, dt_softplus, reverse, lanes
+    width = e
+    if torch.are_deterministic_algorithms_enabled():
+        width = lanes.channels * max(1, MOST_PARTS_BYTES // (2 * 4 * b * l * n))
+    if width < e:
+        grads = _backward_of_slices(width, grad_y, grad_last, starts, tensors, *options)
+        if grad_z is not None:
+            grads[6] = grad_z.copy_(grads[6])
+    else:
+        grads = _backward(grad_y, grad_last, starts, tensors, *options, grad_z)
+    return [
+        grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    ]
+
+
+def _backward(
+    grad_y: Tensor,
+    grad_last: Tensor | None,
+    starts: Tensor,
+    tensors: Sequence[Any],
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    lanes: Lanes,
+    grad_z: Tensor | None = None,
+) -> list[Any]:
+    """`backward` in one launch, after that of `_carry`; sums over rows or channels in float32."""
+    x, dt, A, B, C, D, z, dt_bias, state = tensors
+    b, l, e = x.shape
+    n = A.shape[1]
     deterministic = torch.are_deterministic_algorithms_enabled()
     # B and C: one sum that all blocks of channels add to, or one for each block. The others: one
     # for each segment and row.
     parts = -(-e // lanes.channels) if deterministic else 1
-    most = max(1, MOST_PARTS_BYTES // (2 * 4 * b * l * n))
-    if parts > most:
-        grads = _backward_of_slices(
-            most * lanes.channels, grad_y, grad_last, starts,
-            (x, dt, A, B, C, D, z, dt_bias, state), seq_idx, dt_softplus, reverse, lanes,
-        )  # fmt: skip
-        if grad_z is not None:
-            grads[6] = grad_z.copy_(grads[6])
-        return grads
     empty = partial(torch.empty, dtype=torch.float32, device=x.device)
     grad_x, grad_dt, grad_z = _room(x, dt, z, grad_z)
     grad_BC = empty(2, parts, b, l, n)
@@ -143,7 +162,6 @@ def backward(
     grad_D = None if D is None else empty(segments * b, e)
     grad_bias = None if dt_bias is None else empty(segments * b, e)
     grad_state = None if state is None else empty(b, e, n)
-    originals = [x, dt, A, B, C, D, z, dt_bias, state]
 
     A, D, dt_bias, grad_last = _weights(A, D, dt_bias, grad_last)
     x, dt, B, C, z, grad_y = _rowwise(x, dt, B, C, z, grad_y)
@@ -174,13 +192,7 @@ def backward(
     grad_A, grad_B, grad_C, grad_D, grad_bias = (
         T if T is None else T.sum(0) if T.shape[0] > 1 else T[0] for T in sums
     )
-    grads = [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
-    if wide_sums:
-        originals[3:5] = grad_B, grad_C
-    return [
-        grad if grad is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, originals, strict=True)
-    ]
+    return [grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias, grad_state]
 
 
 def _backward_of_slices(
@@ -191,16 +203,16 @@ def _backward_of_slices(
     tensors: Sequence[Any],
     *options: Any,
 ) -> list[Any]:
-    """`backward` of `width` channels at a time, which limits how many sums there are at once."""
-    # Where x, dt, A, B, C, D, z, dt_bias, state have their channels.
+    """`_backward` of `width` channels at a time, so that few blocks' sums exist at once."""
+    # Where x, dt, A, B, C, D, z, dt_bias, state have their channels; B and C have none.
     dims: Any = (-1, -1, 0, None, None, -1, -1, -1, 1)
-    found, (B, C) = [], tensors[3:5]
-    sums: list[Any] = []
+    found: list[list[Any]] = []
+    sums: list[Tensor] = []
     for first in range(0, grad_y.shape[2], width):
         cut = partial(_cut, first=first, width=width)
-        grads: list[Any] = backward(
+        grads = _backward(
             cut(grad_y, -1), cut(grad_last, 1), cut(starts, 2).contiguous(),
-            *map(cut, tensors, dims), *options, wide_sums=True,
+            [cut(T, dim) for T, dim in zip(tensors, dims, strict=True)], *options,
         )  # fmt: skip
         more, grads[3:5] = grads[3:5], (None, None)
         sums = [a.add_(b) for a, b in zip(sums, more, strict=True)] if sums else more
@@ -209,7 +221,7 @@ def _backward_of_slices(
         None if parts[0] is None else torch.cat(parts, dim)
         for parts, dim in zip(zip(*found, strict=True), dims, strict=True)
     ]
-    whole[3:5] = sums[0].to(B.dtype), sums[1].to(C.dtype)
+    whole[3:5] = sums
     return whole
 
 
@@ -355,13 +367,13 @@ def _kernel(
     return Kernel(name, settings, warps * WARP, shared)
 
 
-def _weights(*tensors: Tensor | None) -> list[Tensor | None]:
+def _weights(*tensors: Tensor | None) -> list[Any]:
     """Small tensors as contiguous float32 that starts at a multiple of 16 bytes."""
     small = [None if T is None else T.detach().float().contiguous() for T in tensors]
     return [T if T is None or T.data_ptr() % 16 == 0 else T.clone() for T in small]
 
 
-def _rowwise(*tensors: Tensor | None) -> list[Tensor | None]:
+def _rowwise(*tensors: Tensor | None) -> list[Any]:
     """Large tensors as the kernels take them: any strides but the last."""
     return [
         None if T is None else T.detach() if T.stride(-1) == 1 else T.detach().contiguous()
