@@ -181,8 +181,8 @@ def _block(contestant: Any, sizes: Sizes, options: dict[str, Any]) -> tuple[Pass
     shape = sizes["batch"], sizes["length"], sizes["d_model"]
     x = torch.randn(shape, dtype=_dtype(options)).requires_grad_()
     block = contestant.block(sizes, options)
-    if x.dtype != torch.float32 and hasattr(contestant, "under_autocast"):
-        return _forward_and_training(contestant.under_autocast(block, x.dtype), (x,), shape), {}
+    if x.dtype != torch.float32 and hasattr(contestant, "UnderAutocast"):
+        return _forward_and_training(contestant.UnderAutocast(block, x.dtype), (x,), shape), {}
     return _forward_and_training(block.to(x.dtype), (x,), shape), {}
 
 

@@ -1,8 +1,11 @@
 """How many steps fit into a run of some minutes, and when to validate and save.
 
-Pace(run, ...)          times what a run does: begin_again, validated, saved
-is_due, make            a plan: how many steps the run has, and how far validations are apart
-save_is_due             whether to save after a step
+    Pace                                times what a run does: begin_again, validated, saved
+    is_due, make                        a plan: how many steps, and how far validations are apart
+    validation_is_due, save_is_due      what comes after a step
+
+A step's time is told apart from that of validations and saves, so that a plan made soon after one of
+them is not wrong.
 """
 
 import math
@@ -64,6 +67,13 @@ class Pace:
     def per_step(self) -> float:
         """Seconds of a step, without what was not a step."""
         return (self.run.seconds - self._since[1] - self._aside) / self.steps
+
+    def validation_is_due(self) -> bool:
+        """Whether to validate after this step."""
+        run = self.run
+        if run.total is None:
+            return False
+        return run.step == run.total or run.step - run.validated >= run.interval
 
     def save_is_due(self, validated: bool) -> bool:
         """Whether to save after this step."""

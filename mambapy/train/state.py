@@ -129,8 +129,11 @@ def saved_config(folder: str | Path, **overrides: Any) -> TrainConfig:
 def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
     """Put a run into the state that `read` gave.
 
+    The weights in the folder may be those of a better validation than it knows of, after the last
+    save; then the state is saved again with what the log says of it.
+
     Raises:
-        CheckpointError: the weights do not fit the run's model.
+        CheckpointError: the weights do not fit the run's model, or the state cannot be saved.
     """
     try:
         run.model.load_state_dict(payload["model"])
@@ -141,6 +144,7 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
             group.update(mine)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder / LAST} does not fit this model: {error}") from error
+    # Older files have none: then a validation is due at once.
     run.validated = payload.get("validated", 0)
     for name in ("step", "best", "best_step", "seconds", "plans", "reserve"):
         setattr(run, name, payload[name])
@@ -154,12 +158,11 @@ def restore(run: Run, payload: dict[str, Any], folder: Path) -> None:
     torch.set_rng_state(payload["rng"])
     if payload["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(payload["cuda_rng"], next(run.model.parameters()).device)
-    # Weights may be from after the last save.
     for line in read_log(folder / LOG):
         if line.get("val_bpb", run.best) < run.best:
             run.best, run.best_step = line["val_bpb"], line["step"]
     if run.best < payload["best"]:
-        # The log's lines from after it go away now.
+        # `Log` drops the lines after the run's step.
         save(run, folder)
 
 

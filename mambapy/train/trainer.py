@@ -68,9 +68,7 @@ class Trainer:
             run.seconds = time.perf_counter() - started
             self._read()
             plan = self.pace.is_due()
-            validate = run.total is not None and (
-                run.step - run.validated >= run.interval or run.step == run.total
-            )
+            validate = self.pace.validation_is_due()
             # Asked once: a signal may come between two looks.
             stopping = stop.asked
             save = plan or stopping or self.pace.save_is_due(validate)

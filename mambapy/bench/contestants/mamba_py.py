@@ -54,11 +54,6 @@ class UnderAutocast(nn.Module):
         return y.to(x.dtype)
 
 
-def under_autocast(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """How a block runs in 16 bits."""
-    return UnderAutocast(block, dtype)
-
-
 def language_model(sizes: Sizes, options: Options) -> "Model":
     """The whole model."""
     return Model(sizes).train()
