@@ -4,8 +4,8 @@
     is_due, make                        a plan: how many steps, and how far validations are apart
     validation_is_due, save_is_due      what comes after a step
 
-A step's time is told apart from that of validations and saves, so that a plan made soon after one of
-them is not wrong.
+A step's time is told apart from that of validations and saves, so that a plan made soon after one
+of them is not wrong.
 """
 
 import math
